@@ -1,0 +1,55 @@
+"""Record a Minari dataset in a point maze of gymnasium-robotics with a scripted waypoint controller.
+
+python -m experiments.collect --env=PointMaze_UMaze-v3 --dataset=tt/pointmaze/umaze-v0 --steps=20000 --seed=0
+
+Starts and goals are the environment's random ones. The action noise is held for 20 steps, with a standard deviation
+drawn for each episode from [0, --noise], so that returns range from near-perfect to poor. The environment as it was
+used, reward included, is stored with the data: `minari.load_dataset(...).recover_environment()`.
+"""
+
+import numpy as np
+import tqdm
+from absl import flags, logging
+
+from experiments import entry, recording, waypoint_controller
+
+ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
+DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)
+STEPS = flags.DEFINE_integer("steps", 20_000, "Least number of transitions; the last episode is completed.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of starts, goals and noise.", 0)
+NOISE = flags.DEFINE_float("noise", 2.0, "Largest standard deviation of the action noise.", 0.0)
+REWARD = flags.DEFINE_enum(
+    "reward", "dense", ["dense", "sparse"], "exp(-distance to the goal), or 1 within 0.45 of it."
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset.")
+
+
+def main(_):
+    recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
+    if not ENV.value.startswith("PointMaze_"):
+        raise ValueError(f"--env={ENV.value} must be one of gymnasium-robotics' PointMaze_* environments.")
+    env = recording.make_env(ENV.value, reward_type=REWARD.value)
+    episodes = []
+    with tqdm.tqdm(total=STEPS.value, unit="step", desc="collect") as progress:
+        for episode in waypoint_controller.episodes(env, max_noise=NOISE.value, seed=SEED.value):
+            episodes.append(episode)
+            progress.update(len(episode))
+            if progress.n >= STEPS.value:
+                break
+    recording.write(
+        DATASET.value,
+        episodes,
+        env=env,
+        algorithm_name="waypoint controller",
+        description=f"{ENV.value}, {REWARD.value} reward: shortest-path waypoints and a PD controller, action noise "
+        f"held for {waypoint_controller.NOISE_HOLD} steps, standard deviation up to {NOISE.value}; seed {SEED.value}.",
+    )
+    returns = np.array([np.sum(episode.rewards) for episode in episodes])
+    logging.info(
+        "%s: %d steps in %d episodes, return %.1f +- %.1f (standard deviation)",
+        *(DATASET.value, sum(map(len, episodes)), len(episodes), returns.mean(), returns.std()),
+    )
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,121 @@
+"""Read D4RL's HDF5 files as episodes: flat arrays in which `terminals` and `timeouts` mark the last step of each."""
+
+import itertools
+import os
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+
+import gymnasium
+import h5py
+import numpy as np
+import tqdm
+from minari.data_collector import EpisodeBuffer
+
+# Returns of a random and an expert policy, by which D4RL normalises scores (its infos.py).
+REFERENCE_SCORES = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+    "AntMaze": (0.0, 1.0),
+}
+
+
+def reference_scores(env_id: str) -> tuple[float | None, float | None]:
+    """Return D4RL's (minimum, maximum) score for environments such as Hopper-v5 or AntMaze_UMaze-v4."""
+    name = env_id.split("/")[-1].split("-")[0].split("_")[0]
+    return REFERENCE_SCORES.get(name, (None, None))
+
+
+def fetch(source: str, folder: str) -> str:
+    """Return the path of `source`, downloaded into `folder` with a progress bar if it is a URL."""
+    if "://" not in source:
+        return source
+    try:
+        with urllib.request.urlopen(source) as response, tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm.tqdm.wrapattr(response, "read", total=size, desc=os.path.basename(source)) as stream:
+                shutil.copyfileobj(stream, file)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be downloaded: {error}") from error
+    return file.name
+
+
+def episode_offsets(terminals, timeouts, *, max_episode_steps: int | None) -> np.ndarray:
+    """Return [E + 1] bounds of the episodes of flat data; an unfinished tail counts as one.
+
+    Without `timeouts` (None), whatever is longer than `max_episode_steps` is cut at its multiples.
+    """
+    ends = terminals if timeouts is None else terminals | timeouts
+    offsets = np.unique(np.concatenate([[0], np.flatnonzero(ends) + 1, [len(ends)]]))
+    if timeouts is None and max_episode_steps:
+        cuts = [np.arange(start, stop, max_episode_steps) for start, stop in itertools.pairwise(offsets)]
+        offsets = np.concatenate([*cuts, offsets[-1:]])
+    return offsets
+
+
+def read_episodes(path: str, *, max_episode_steps: int | None, goal_maze: bool = False) -> Iterator[EpisodeBuffer]:
+    """Yield the episodes of one file.
+
+    The observation after an episode's last step, which Minari wants, comes from `next_observations`; files without
+    them repeat the last observation. With `goal_maze`, the flat observation of an ant maze is split as its environment
+    has it: `achieved_goal` (x, y), `observation` (the rest) and `desired_goal` (`infos/goal`).
+
+    Raises ValueError if the file lacks a needed array or the arrays differ in length.
+    """
+    arrays = _read(path, goal_maze=goal_maze)
+    terminals, timeouts = arrays["terminals"], arrays.get("timeouts")
+    offsets = episode_offsets(terminals, timeouts, max_episode_steps=max_episode_steps)
+    for start, stop in itertools.pairwise(offsets):
+        steps = slice(start, stop)
+        last = arrays.get("next_observations", arrays["observations"])[stop - 1 : stop]
+        observations = np.concatenate([arrays["observations"][steps], last])
+        if goal_maze:
+            goals = arrays["infos/goal"][steps]
+            observations = {
+                "achieved_goal": observations[:, :2],
+                "observation": observations[:, 2:],
+                "desired_goal": np.concatenate([goals, goals[-1:]]),
+            }
+        truncations = np.zeros(stop - start, bool)
+        truncations[-1] = not terminals[stop - 1] or (timeouts is not None and timeouts[stop - 1])
+        yield EpisodeBuffer(
+            observations=observations,
+            actions=arrays["actions"][steps],
+            rewards=arrays["rewards"][steps],
+            terminations=terminals[steps],
+            truncations=truncations,
+            infos={},  # Minari cannot print episodes without
+        )
+
+
+def observation_space(observations) -> gymnasium.Space:
+    """Return the unbounded space of recorded observations, an array [T, ...] or a dict of them.
+
+    Old recordings may be wider than what today's environment observes, so this comes from the data.
+    """
+    if isinstance(observations, dict):
+        return gymnasium.spaces.Dict({key: observation_space(array) for key, array in observations.items()})
+    return gymnasium.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype)
+
+
+def _read(path, *, goal_maze):
+    needed = ["observations", "actions", "rewards", "terminals"] + ["infos/goal"] * goal_maze
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in needed if name not in file]
+            if missing:
+                raise ValueError(f"{path} is not in D4RL's layout: {', '.join(missing)} missing among {sorted(file)}.")
+            optional = [name for name in ("timeouts", "next_observations") if name in file]
+            arrays = {name: file[name][()] for name in needed + optional}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5: {error}") from error
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1 or not lengths["rewards"]:
+        raise ValueError(f"The arrays of {path} must have one length of at least 1, got {lengths}.")
+    arrays["rewards"] = arrays["rewards"].reshape(-1)
+    for name in {"terminals", "timeouts"} & arrays.keys():
+        arrays[name] = arrays[name].reshape(-1).astype(bool)
+    return arrays

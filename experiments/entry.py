@@ -1,0 +1,297 @@
+"""What every entry point shares: flags and configurations, one-line errors, exit codes, preemption and metrics.
+
+    CONFIG = config_flags.DEFINE_config_file("config")
+
+    def main(_):
+        config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=WORKDIR.value)
+
+    if __name__ == "__main__":
+        entry.run(main)
+
+Exit codes: 0 done; 2 the caller's mistake, with one line on stderr; 75 interrupted after saving, start again to go on;
+1 anything else.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from logging import StreamHandler
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import multihost_utils
+
+import tt_jax
+from tt_jax import checkpoints
+
+try:
+    import tensorboardX
+except ImportError:
+    tensorboardX = None
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
+
+ESSENTIAL_FIELDS = ("dataset", "data", "model")  # a checkpoint is of no use when one of these changes
+
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where there is no SLURM or TPU."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes; with --coordinator_address.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process; with --coordinator_address.")
+
+
+class UsageError(ValueError):
+    """A mistake of the caller, told in one line."""
+
+
+class Interrupted(Exception):
+    """Raised when the run ends early with its state saved."""
+
+
+def run(main_fn):
+    """Parse the flags, set JAX up, call `main_fn(argv)` and exit with the code that says how it went.
+
+    What the entry points log as information goes to stdout. `--verbosity=1` shows the traceback behind an error.
+    """
+    app.run(lambda argv: _exit_code(_start, lambda: main_fn(argv)), flags_parser=_parse_flags)
+
+
+def _parse_flags(argv):
+    def parse():
+        try:
+            rest = flags.FLAGS(argv)
+        except Exception as error:  # a configuration is code: it may raise anything
+            message = str(error).strip().splitlines() or [repr(error)]
+            raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
+        if rest[1:]:
+            raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
+
+    if code := _exit_code(parse):
+        sys.exit(code)
+    return argv[:1]
+
+
+def _exit_code(*functions):
+    """Call the functions in turn and return the exit code; what was not foreseen is raised on, with its traceback."""
+    try:
+        for function in functions:
+            function()
+    except Interrupted as error:
+        return _report(error, INTERRUPTED)
+    except ValueError as error:
+        return _report(error, USAGE)
+    except (OSError, FloatingPointError) as error:
+        return _report(error, FAILED)
+    except KeyboardInterrupt:
+        return _report("interrupted; nothing was saved.", FAILED)
+    return DONE
+
+
+def _report(error, code):
+    print(f"{pathlib.Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
+    logging.debug("traceback", exc_info=True)
+    return code
+
+
+def _start():
+    """Set up the log, join the other processes, turn the compilation cache on, and say where the run is."""
+    _log_own_information_to_stdout()
+    if _COORDINATOR.value:
+        if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
+            raise UsageError("--coordinator_address needs --num_processes and --process_id.")
+        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    default_cache = str(pathlib.Path.home() / ".cache" / "tt_jax")
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", default_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    if is_main_process():
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
+        processes = f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
+        logging.info("tt_jax %s, jax %s, %s, %s", tt_jax.__version__, jax.__version__, devices, processes)
+
+
+def _log_own_information_to_stdout():
+    """Show what the entry points say as plain lines, and of the libraries only warnings; --verbosity=1 shows all."""
+    if flags.FLAGS.verbosity == logging.INFO:
+        own = StreamHandler(sys.stdout)
+        own.addFilter(lambda record: record.levelname == "INFO" and _is_own(record.pathname))
+        logging.get_absl_logger().addHandler(own)
+        logging.get_absl_handler().python_handler.addFilter(lambda record: record.levelname != "INFO")
+
+
+def _is_own(path):
+    return pathlib.Path(path).parent == pathlib.Path(__file__).parent
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files."""
+    return jax.process_index() == 0
+
+
+def commit_id() -> str:
+    """Return the commit of the source, with "-dirty" if it was changed since, or "unknown"."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+# Configurations
+
+
+def resolve_config(config, *, dataset, workdir) -> ml_collections.ConfigDict:
+    """Set the dataset, compare with the run that `workdir` holds, and write `workdir`/config.json.
+
+    Raises UsageError if a flag is missing, or if the workdir has checkpoints made with another dataset, data or model;
+    everything else may change when a run is resumed.
+    """
+    for flag, value in (("config", config), ("workdir", workdir)):
+        if not value:
+            raise UsageError(f"--{flag} is missing.")
+    try:
+        config.dataset = dataset or config.dataset
+    except OSError as error:  # config_flags keeps a file that is not found until it is used
+        raise UsageError(str(error)) from error
+    if not config.dataset:
+        raise UsageError("--dataset is missing: the id of a Minari dataset, such as mujoco/hopper/medium-v0.")
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists() and checkpoints.latest_step(workdir) is not None:
+        _check_same_run(read_config(workdir), config, workdir)
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
+    return ml_collections.FrozenConfigDict(config)
+
+
+def read_config(workdir) -> ml_collections.ConfigDict:
+    """Return the configuration that the run in `workdir` was started with."""
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        return ml_collections.ConfigDict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no run in {workdir}: {path} is missing.") from error
+    except (json.JSONDecodeError, TypeError) as error:
+        raise UsageError(
+            f"{path} is not the configuration of a run ({error}); delete it or use another workdir."
+        ) from error
+
+
+def to_dataclass(cls, config, **extra):
+    """Build the dataclass `cls` from a ConfigDict or dict and further fields; lists become tuples."""
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in (dict(config) | extra).items()
+    }
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in fields.keys() - known:
+        raise UsageError(f"{cls.__name__} has no field {name!r}; it has {sorted(known)}.")
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise UsageError(f"{cls.__name__}: {error}.") from error
+
+
+def _check_same_run(old, new, workdir):
+    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old, new))
+    for name in sorted(old.keys() | new.keys()):
+        if name.split(".")[0] in ESSENTIAL_FIELDS and old.get(name) != new.get(name):
+            raise UsageError(
+                f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
+                "use another --workdir or the same setting."
+            )
+
+
+def _flatten(nested, prefix=""):
+    flat = {}
+    for name, value in nested.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _replace(path, text):
+    """Write a file so that whoever reads it, also after a crash, sees the old text or the new, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# Running
+
+
+class Preemption:
+    """Notices SIGTERM and Ctrl-C, so that a run can save its state and leave; create it first thing in main.
+
+    The second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self._noticed = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._notice)
+
+    def _notice(self, number, _):
+        self._noticed = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        """Whether any process was told to stop; with several, all of them must ask equally often."""
+        if jax.process_count() == 1:
+            return self._noticed
+        return bool(multihost_utils.process_allgather(np.int32(self._noticed)).any())
+
+
+class MetricsWriter:
+    """Writes metrics to `workdir`/metrics.jsonl, one object per step, and to TensorBoard where tensorboardX is there.
+
+    Lines beyond `resume_step`, of a run that went on after its last checkpoint, are dropped: they will be made again.
+    """
+
+    def __init__(self, workdir, *, resume_step=0):
+        self._tensorboard = None
+        if not is_main_process():
+            return
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        if self._path.exists():
+            lines = self._path.read_text().splitlines(keepends=True)
+            _replace(self._path, "".join(line for line in lines if _step_of(line) <= resume_step))
+        if tensorboardX:
+            folder = str(self._path.with_name("tensorboard"))
+            self._tensorboard = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
+
+    def write(self, step, metrics):
+        """Add a step's metrics; raises FloatingPointError in every process if one is not finite."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value} at step {step}.")
+        if not is_main_process():
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": int(step)} | metrics) + "\n")
+        if self._tensorboard:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, int(step))
+
+    def close(self):
+        """Write out what TensorBoard still holds."""
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def _step_of(line):
+    """Return a line's step, or infinity for one that was not written to its end."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,63 @@
+"""Turn D4RL's HDF5 files into a Minari dataset with D4RL's reference scores.
+
+python -m experiments.import_d4rl --files=hopper_medium.hdf5,hopper_expert.hdf5 --env=Hopper-v5 \
+    --dataset=d4rl/hopper/medium-expert-v0
+
+Each file is a path or a URL (those of D4RL stand in its infos.py). Several are put one after the other, which is how
+medium-expert is made from medium and expert. D4RL's -v2 data fits today's -v5 bodies, except that ant has 111
+observed dimensions of which the first 27 agree: use data.observation_slice=27. Ant mazes want AntMaze_*-v4.
+"""
+
+import itertools
+import tempfile
+
+import gymnasium
+import tqdm
+from absl import flags, logging
+
+from experiments import d4rl, entry, recording
+
+FILES = flags.DEFINE_list("files", None, "Paths or URLs of HDF5 files, separated by commas.", required=True)
+DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)
+ENV = flags.DEFINE_string("env", None, "Gymnasium id of the environment, such as Hopper-v5.", required=True)
+REF_MIN = flags.DEFINE_float("ref_min_score", None, "Return of a random policy; by default D4RL's for --env.")
+REF_MAX = flags.DEFINE_float("ref_max_score", None, "Return of an expert; by default D4RL's for --env.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset.")
+
+
+def main(_):
+    recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
+    env = recording.make_env(ENV.value)
+    goal_maze = isinstance(env.observation_space, gymnasium.spaces.Dict)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [d4rl.fetch(source, folder) for source in FILES.value]
+        readers = [
+            d4rl.read_episodes(path, max_episode_steps=env.spec.max_episode_steps, goal_maze=goal_maze)
+            for path in paths
+        ]
+        episodes = list(itertools.chain.from_iterable(readers))
+
+    space = d4rl.observation_space(episodes[0].observations)
+    if any(d4rl.observation_space(episode.observations) != space for episode in episodes):
+        raise ValueError(f"The files of --files={','.join(FILES.value)} differ in their observations.")
+    if any(episode.actions.shape[1:] != env.action_space.shape for episode in episodes):
+        raise ValueError(f"The files' actions do not fit --env={ENV.value}, which has {env.action_space}.")
+    if not goal_maze and space.shape != env.observation_space.shape:
+        logging.warning("The files have observations %s, %s %s.", space.shape, ENV.value, env.observation_space.shape)
+
+    minimum, maximum = d4rl.reference_scores(ENV.value)
+    recording.write(
+        DATASET.value,
+        tqdm.tqdm(episodes, unit="episode", desc="write"),
+        env=env,
+        observation_space=space,
+        ref_min_score=minimum if REF_MIN.value is None else REF_MIN.value,
+        ref_max_score=maximum if REF_MAX.value is None else REF_MAX.value,
+        algorithm_name="D4RL",
+        description=f"D4RL data for {ENV.value} from {', '.join(FILES.value)}.",
+    )
+    logging.info("%s: %d steps in %d episodes", DATASET.value, sum(map(len, episodes)), len(episodes))
+
+
+if __name__ == "__main__":
+    entry.run(main)

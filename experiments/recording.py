@@ -1,0 +1,45 @@
+"""What collecting and importing share: checking a dataset id before the work, writing the dataset after it."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable
+
+import gymnasium
+import minari
+from gymnasium.envs.registration import EnvSpec
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import DATASET_ID_RE
+
+
+def check_id(dataset_id: str, *, overwrite: bool) -> None:
+    """Raise ValueError unless `dataset_id` can be written: it has a version, and is new or may be overwritten."""
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
+        raise ValueError(f"--dataset={dataset_id} must look like namespace/name-v0, with a version at the end.")
+    path = minari.storage.get_dataset_path(dataset_id)
+    if path.exists() and not overwrite:
+        raise ValueError(f"Dataset {dataset_id} already exists at {path}; pass --overwrite or choose another id.")
+
+
+def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
+    """Make an environment of gymnasium or, if installed, gymnasium-robotics; an unknown one is a ValueError."""
+    with contextlib.suppress(ImportError):
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+    try:
+        return gymnasium.make(env, **kwargs)
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        raise ValueError(f"Environment {getattr(env, 'id', env)} cannot be made: {error}") from error
+
+
+def write(
+    dataset_id: str, episodes: Iterable[EpisodeBuffer], *, env: gymnasium.Env, **metadata
+) -> minari.MinariDataset:
+    """Write `episodes` as the Minari dataset `dataset_id`, in place of an existing one; `metadata` is Minari's."""
+    path = minari.storage.get_dataset_path(dataset_id)
+    if path.exists():
+        minari.delete_dataset(dataset_id)
+    with warnings.catch_warnings():  # Minari asks for author and permalink, which concern published datasets
+        warnings.simplefilter("ignore", UserWarning)
+        return minari.create_dataset_from_buffers(dataset_id, episodes, env=env, eval_env=env, **metadata)

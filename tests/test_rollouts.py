@@ -1,0 +1,263 @@
+import gymnasium
+import jax
+import minari
+import numpy as np
+import pytest
+
+from tt_jax import rollouts, tokenization, trajectories, types
+
+SPEC = types.TransitionSpec(observation_dim=2, action_dim=1, num_bins=8)
+
+
+class Walk(gymnasium.Env):
+    """Moves by the action; lasts 1 + seed % 5 steps and is terminated if that is even, else truncated."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position, self.left = self.np_random.uniform(), 1 + seed % 5
+        self.even = self.left % 2 == 0
+        return np.array([self.position, self.left]), {}
+
+    def step(self, action):
+        self.position, self.left = self.position + float(action[0]), self.left - 1
+        over, info = self.left == 0, {"success": self.position > 1.0}
+        return np.array([self.position, self.left]), self.position, over and self.even, over and not self.even, info
+
+
+class DictWalk(Walk):
+    """The same with a goal, and without an opinion on success."""
+
+    observation_space = gymnasium.spaces.Dict(observation=Walk.observation_space, goal=Walk.observation_space)
+
+    def _split(self, observation):
+        return {"observation": observation, "goal": observation + 10.0}
+
+    def reset(self, **kwargs):
+        observation, info = super().reset(**kwargs)
+        return self._split(observation), info
+
+    def step(self, action):
+        observation, *rest, _ = super().step(action)
+        return self._split(observation), *rest, {}
+
+
+def noise(episodes):
+    """Draw every action from the episode's seed and age alone."""
+    return np.stack([np.random.default_rng((e.seed, e.length)).normal(size=(1, 1)) for e in episodes])
+
+
+def constant(value, num_actions=1):
+    return lambda episodes: np.full((len(episodes), num_actions, 1), value)
+
+
+def make_policy(plan_fn, **kwargs):
+    settings = {"discretizer": discretizer(), "spec": SPEC, "context_transitions": 3, "replan_every": 1, "max_batch": 8}
+    return rollouts.plan_policy(plan_fn, None, jax.random.key(0), **settings | kwargs)
+
+
+def discretizer():
+    return tokenization.fit(np.linspace([-2, 0, -1, -2, 0], [2, 5, 1, 2, 1], 100), num_bins=8, method="uniform")
+
+
+def draw_plan(params, rng_key, context, observation):
+    """Plan two actions per environment that depend on its key alone."""
+    actions = jax.vmap(lambda key: jax.random.uniform(key, (2, 1), minval=-1.0))(rng_key)
+    return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=None, scores=None)
+
+
+def play(policy, *, env=Walk, seeds=range(7), num_envs=3, config=trajectories.DataConfig(), **kwargs):  # noqa: B008
+    return rollouts.run(rollouts.vectorize(env, num_envs), policy, seeds=seeds, config=config, **kwargs)
+
+
+@pytest.mark.parametrize("policy", [noise, make_policy(jax.jit(draw_plan), replan_every=2)])
+def test_the_number_of_environments_changes_no_episode(policy):
+    alone = play(policy, num_envs=1)
+    for num_envs in (2, 5, 9):
+        for expected, episode in zip(alone, play(policy, num_envs=num_envs), strict=True):
+            assert episode.seed == expected.seed and episode.terminated == expected.terminated
+            for name in ("observations", "actions", "rewards", "successes"):
+                np.testing.assert_array_equal(getattr(episode, name), getattr(expected, name))
+
+
+def test_every_seed_is_played_once_to_its_end_whatever_its_neighbours_do():
+    order = []
+    seeds = [4, 0, 9, 8, 3, 1]  # lengths 5, 1, 5, 4, 4, 2
+    episodes = play(constant(0.5), seeds=seeds, num_envs=2, on_finish=lambda episode: order.append(episode.seed))
+    assert sorted(order) == sorted(seeds)
+    assert [(e.seed, e.length, e.terminated) for e in episodes] == [
+        (4, 5, False),
+        (0, 1, False),
+        (9, 5, False),
+        (8, 4, True),
+        (3, 4, True),
+        (1, 2, True),
+    ]
+
+
+def test_an_episode_records_what_the_environment_did():
+    env = Walk()
+    start, _ = env.reset(seed=3)
+    steps = [env.step([0.25]) for _ in range(4)]
+    (episode,) = play(constant(0.25), seeds=[3])
+    np.testing.assert_array_equal(episode.observations, np.float32([start, *[step[0] for step in steps]]))
+    np.testing.assert_array_equal(episode.rewards, [step[1] for step in steps])
+    assert episode.total_reward == sum(step[1] for step in steps)
+    assert episode.success == any(step[4]["success"] for step in steps)
+
+
+def test_success_is_unknown_if_the_environment_does_not_report_it():
+    (episode,) = play(constant(1.0), env=DictWalk, seeds=[4], config=trajectories.DataConfig(("observation",)))
+    assert episode.success is None
+
+
+def test_actions_are_clipped_before_they_are_executed_and_recorded():
+    (episode,) = play(constant(7.0), seeds=[1])
+    np.testing.assert_array_equal(episode.actions, [[1.0], [1.0]])
+    np.testing.assert_allclose(np.diff([obs[0] for obs in episode.observations]), 1.0, rtol=1e-6, atol=0)
+
+
+def test_a_policy_is_asked_again_only_when_its_actions_are_used_up():
+    asked = []
+
+    def ramp(episodes):
+        asked.extend((episode.seed, episode.length) for episode in episodes)
+        return np.tile([[0.1], [0.2], [0.3]], (len(episodes), 1, 1))
+
+    episodes = play(ramp, seeds=[4, 2], num_envs=2)  # lengths 5 and 3
+    assert sorted(asked) == [(2, 0), (4, 0), (4, 3)]
+    np.testing.assert_allclose(np.ravel(episodes[0].actions), [0.1, 0.2, 0.3, 0.1, 0.2], rtol=1e-6, atol=0)
+
+
+def test_the_context_holds_the_latest_executed_transitions_as_tokens():
+    contexts = []
+
+    def overshoot(params, rng_key, context, observation):
+        contexts.append((jax.tree.map(np.copy, context), observation))
+        actions = np.full((len(observation), 1, 1), 1.7)
+        return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=None, scores=None)
+
+    (episode,) = play(make_policy(overshoot), seeds=[9], num_envs=1)  # 5 steps, context of 3 transitions
+    assert [context.length.tolist() for context, _ in contexts] == [[0], [1], [2], [3], [3]]
+    low, width = np.array([-2, 0, -1, -2]), np.array([4, 5, 2, 4]) / 8
+    for step, (context, observation) in enumerate(contexts):
+        np.testing.assert_array_equal(observation, [episode.observations[step]])
+        assert observation.dtype == np.float32 and context.tokens.shape == (1, 3, 5)
+        for row, past in enumerate(range(max(step - 3, 0), step)):
+            transition = [*episode.observations[past], 1.0, episode.rewards[past]]  # 1.0: the action after clipping
+            tokens = np.clip(np.floor((transition - low) / width), 0, 7)
+            np.testing.assert_array_equal(context.tokens[0, row], [*tokens, 7])  # value: the highest bin
+
+
+def test_plans_are_batched_in_powers_of_two_up_to_the_number_of_environments():
+    sizes = []
+
+    def plan_fn(params, rng_key, context, observation):
+        sizes.append((len(rng_key), len(observation), *context.tokens.shape[:1]))
+        return draw_plan(params, rng_key, context, observation)
+
+    play(make_policy(plan_fn, max_batch=6), seeds=[0, 1, 2, 3, 4, 9], num_envs=6)  # 6, 5, 4, 3, 2 episodes are left
+    assert sizes == [(n, n, n) for n in (6, 6, 4, 4, 2)]
+
+
+def test_the_key_of_a_plan_comes_from_the_seed_and_the_age_of_the_episode():
+    for episode in play(make_policy(draw_plan, replan_every=2), seeds=[2, 9]):
+        for step in range(0, episode.length, 2):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), episode.seed), step)
+            (plan,) = draw_plan(None, key[None], None, None).actions
+            np.testing.assert_array_equal(episode.actions[step : step + 2], plan[: episode.length - step])
+
+
+@pytest.mark.parametrize("stored_dtype", [np.float32, np.float64])
+def test_a_value_on_a_threshold_keeps_its_bin_whatever_the_data_was_stored_in(stored_dtype):
+    grid = (np.arange(8) / 10).astype(stored_dtype).astype(np.float64)
+    bins = tokenization.fit(np.tile(grid[:, None], (1, 5)), num_bins=8)  # thresholds at 0, 0.1, 0.2, ...
+    live = [np.float32([x, x]) for x in np.arange(8) / 10]
+    episode = rollouts.Episode(
+        seed=0, observations=[*live, live[0]], actions=[x[:1] for x in live], rewards=(np.arange(8) / 10).tolist()
+    )
+    context = rollouts.encode_context([episode], discretizer=bins, spec=SPEC, context_transitions=8)
+    np.testing.assert_array_equal(context.tokens[0, :, :4], np.tile(np.arange(8)[:, None], (1, 4)))
+
+
+def test_dict_observations_are_joined_in_the_given_order_and_cut():
+    config = trajectories.DataConfig(observation_keys=("goal", "observation"), observation_slice=3)
+    (episode,) = play(constant(0.0), env=DictWalk, seeds=[1], config=config)
+    goal_x, goal_y, position = episode.observations[0]
+    assert goal_y == 12.0
+    np.testing.assert_allclose(goal_x, position + 10.0, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (constant(np.nan), "not finite"),
+        (lambda episodes: np.zeros((len(episodes), 1, 2)), r"actions \[2, n >= 1, 1\], got \(2, 1, 2\)"),
+        (lambda episodes: np.zeros((len(episodes), 0, 1)), r"got \(2, 0, 1\)"),
+        (make_policy(draw_plan, replan_every=3), "replan_every=3 needs plans of that length, got 2 steps"),
+    ],
+)
+def test_unusable_actions_are_refused(policy, message):
+    with pytest.raises(ValueError, match=message):
+        play(policy, seeds=[1, 2], num_envs=2)
+
+
+@pytest.mark.parametrize(
+    ("env", "spec", "keys", "message"),
+    [
+        (Walk, types.TransitionSpec(3, 1, 8), (), "observation has 2 dimensions, the model was trained with 3"),
+        (Walk, types.TransitionSpec(2, 4, 8), (), "action has 1 dimensions, the model was trained with 4"),
+        (DictWalk, SPEC, ("speed",), r"does not have the keys \('speed',\)"),
+        (Walk, SPEC, ("speed",), r"does not have the keys \('speed',\)"),
+        (DictWalk, SPEC, (), r"does not have the keys \(\)"),
+    ],
+)
+def test_environments_that_do_not_fit_the_model_are_refused(env, spec, keys, message):
+    envs, config = rollouts.vectorize(env, 2), trajectories.DataConfig(observation_keys=keys)
+    with pytest.raises(ValueError, match=message):
+        rollouts.check_spaces(envs, spec, config=config)
+
+
+def test_environments_that_fit_the_model_are_accepted():
+    rollouts.check_spaces(rollouts.vectorize(Walk, 1), SPEC, config=trajectories.DataConfig())
+    config = trajectories.DataConfig(observation_keys=("goal",))
+    rollouts.check_spaces(rollouts.vectorize(DictWalk, 3), SPEC, config=config)
+
+
+def test_environments_that_reset_themselves_are_refused():
+    with pytest.raises(ValueError, match="rollouts.vectorize"):
+        rollouts.run(gymnasium.vector.SyncVectorEnv([Walk]), noise, seeds=[0], config=trajectories.DataConfig())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:minari")
+def test_scores_are_percent_of_the_reference_scores_or_null(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    ends = {"terminations": np.ones(1, bool), "truncations": np.zeros(1, bool)}
+    step = {"observations": np.zeros((2, 2)), "actions": np.zeros((1, 1), np.float32), "rewards": np.zeros(1)}
+    spaces = {"observation_space": Walk.observation_space, "action_space": Walk.action_space}
+    buffer = [minari.data_collector.EpisodeBuffer(**step, **ends)]
+    dataset = minari.create_dataset_from_buffers("walk/test-v0", buffer, **spaces)
+    assert rollouts.normalized_scores([1.0, 3.0], dataset) is None
+    dataset.storage.update_metadata({"ref_min_score": -1.0, "ref_max_score": 3.0})
+    np.testing.assert_array_equal(rollouts.normalized_scores([1.0, 3.0], dataset), [50.0, 100.0])
+
+
+def test_a_fixed_goal_stands_still_while_the_start_moves():
+    robotics = pytest.importorskip("gymnasium_robotics")
+    gymnasium.register_envs(robotics)
+
+    def make_env():
+        return rollouts.FixedGoal(gymnasium.make("PointMaze_UMaze-v3", max_episode_steps=2), [1.0, -1.0])
+
+    def rest(episodes):
+        return np.zeros((len(episodes), 1, 2))
+
+    config = trajectories.DataConfig(observation_keys=("desired_goal", "achieved_goal"))
+    episodes = play(rest, env=make_env, seeds=[0, 1, 2], num_envs=2, config=config)
+    observations = np.array([episode.observations for episode in episodes])  # [3, 3, 4]
+    np.testing.assert_array_equal(observations[..., :2], np.broadcast_to([1.0, -1.0], (3, 3, 2)))
+    assert len(np.unique(observations[:, 0, 2])) == 3
+    with pytest.raises(ValueError, match="maze"):
+        rollouts.FixedGoal(Walk(), [0.0, 0.0])

@@ -1,0 +1,120 @@
+"""Beam search over injected model functions (Trajectory Transformer, section 3.2). Knows no transformer.
+
+A model takes part with two functions (compare mctx):
+
+    propose_fn(params, rng_key [B], state, step) -> (Proposal, pending)
+        samples K actions for each of the W beams of `state` and predicts their reward and the value after them;
+    advance_fn(params, rng_key [B], state, pending, beam [B, W], expansion [B, W], step) -> state
+        keeps the picked candidates, candidate `expansion[b, w]` of beam `beam[b, w]`, and samples their next
+        observations. `pending` is whatever propose_fn wants to hand over.
+
+Since picking is told as indices, a model is free to keep what it remembers as a tree.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tt_jax import types
+
+
+class _Beams(NamedTuple):
+    state: Any  # of the model
+    returns: chex.Array  # [B, W] discounted rewards so far; -inf marks a beam that does not exist
+    ended: chex.Array  # [B, W] bool, the episode is over
+
+
+def score_by_value(discount: float) -> Callable[..., chex.Array]:
+    """Return the score_fn of the paper: rewards so far, this step's, and the predicted return after it."""
+
+    def score_fn(params, returns, proposal, step):
+        del params
+        return returns[..., None] + discount**step * (proposal.reward + discount * proposal.value)
+
+    return score_fn
+
+
+def beam_plan(
+    params: types.Params,
+    rng_key: chex.PRNGKey,
+    root: Any,
+    *,
+    propose_fn: Callable[..., tuple[types.Proposal, Any]],
+    advance_fn: Callable[..., Any],
+    score_fn: Callable[..., chex.Array] | None = None,
+    horizon: int,
+    beam_width: int,
+    num_expand: int,
+    discount: float,
+) -> types.PlanOutput:
+    """Search for the action sequence with the best score and return it.
+
+    `rng_key` [B] holds a key per environment, from which everything drawn for it comes; `root` is the model's state at
+    step 0, with all beams at the root. Of the W * K candidates of a step the W with the best
+    `score_fn(params, returns [B, W], proposal, step) -> [B, W, K]` go on, the lower index first among equals; the
+    default is `score_by_value(discount)`. `returns` are the rewards before this step, discounted per step in [0, 1].
+    A beam whose episode has ended contributes one candidate, which keeps its return, and gets no further reward.
+    """
+    if horizon < 1 or beam_width < 1 or num_expand < 1:
+        raise ValueError(
+            f"horizon={horizon}, beam_width={beam_width} and num_expand={num_expand} must all be at least 1."
+        )
+    score_fn = score_fn or score_by_value(discount)
+    num_envs = rng_key.shape[0]
+    size = (num_envs, beam_width)
+
+    def search_step(beams, step):
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(rng_key, step)
+        propose_key, advance_key = jnp.moveaxis(jax.vmap(jax.random.split)(step_keys), 1, 0)
+        proposal, pending = propose_fn(params, propose_key, beams.state, step)
+        chex.assert_shape([proposal.reward, proposal.value, proposal.terminal], (*size, num_expand))
+        scores = score_fn(params, beams.returns, proposal, step)
+        chex.assert_shape(scores, (*size, num_expand))
+        ended = beams.ended[..., None]
+        kept_as_is = jnp.where(jnp.arange(num_expand) == 0, beams.returns[..., None], -jnp.inf)
+        scores = jnp.where(ended, kept_as_is, jnp.where(jnp.isfinite(beams.returns)[..., None], scores, -jnp.inf))
+        returns = beams.returns[..., None] + jnp.where(ended, 0.0, discount**step * proposal.reward)
+
+        best_scores, best = jax.lax.top_k(scores.reshape(num_envs, -1), beam_width)  # of [B, W * K]
+        beam, expansion = best // num_expand, best % num_expand
+
+        def pick(x):
+            return take_candidates(x, beam, expansion)
+
+        state = jax.lax.cond(
+            step + 1 < horizon,
+            lambda: advance_fn(params, advance_key, beams.state, pending, beam, expansion, step),
+            lambda: beams.state,
+        )
+        beams = _Beams(
+            state=state,
+            returns=jnp.where(jnp.isfinite(best_scores), pick(returns), -jnp.inf),
+            ended=pick(ended | proposal.terminal),
+        )
+        return beams, (beam, pick(proposal.action), pick(proposal.tokens), best_scores)
+
+    beams = _Beams(state=root, returns=jnp.zeros(size, jnp.float32), ended=jnp.zeros(size, bool))
+    _, (beam, action, tokens, scores) = jax.lax.scan(search_step, beams, jnp.arange(horizon))
+
+    def trace_back(index, picked):  # index [B, 1]: where the best plan stood among the beams after a step
+        step_beam, step_action, step_tokens = picked
+        chosen = [take_beams(x, index)[:, 0] for x in (step_action, step_tokens)]
+        return take_beams(step_beam, index), chosen
+
+    best = jnp.zeros([num_envs, 1], beam.dtype)
+    _, (actions, tokens) = jax.lax.scan(trace_back, best, (beam, action, tokens), reverse=True)
+    actions, tokens = actions.swapaxes(0, 1), tokens.swapaxes(0, 1)  # [B, H, ...]
+    return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores[-1])
+
+
+def take_beams(x: chex.Array, beam: chex.Array) -> chex.Array:
+    """Gather [B, W, ...] at `beam` [B, W'] into [B, W', ...]."""
+    return jax.vmap(lambda row, index: row[index])(x, beam)
+
+
+def take_candidates(x: chex.Array, beam: chex.Array, expansion: chex.Array) -> chex.Array:
+    """Gather [B, W, K, ...] at `beam` and `expansion` [B, W'] into [B, W', ...]."""
+    return jax.vmap(lambda row, i, k: row[i, k])(x, beam, expansion)

@@ -1,0 +1,248 @@
+"""Control gymnasium environments in step with any policy, one episode per seed.
+
+A policy is a plain function of running episodes, so that a planner, a scripted controller and random actions share one
+loop: `policy(episodes) -> actions [b, n, A]`, the next n >= 1 actions of each of the b episodes. They are executed one
+by one, and an episode is handed to the policy again once its actions are used up. A policy keeps no state: what it
+wants to know of the past is in `Episode`, and what it draws comes from the episode's seed and length.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import chex
+import gymnasium
+import jax
+import jax.numpy as jnp
+import minari
+import numpy as np
+
+from tt_jax import tokenization, trajectories, types
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What happened so far; the lists grow while the episode runs."""
+
+    seed: int
+    observations: list[np.ndarray]  # length + 1 times [N] float32
+    actions: list[np.ndarray] = dataclasses.field(default_factory=list)  # length times [A], as executed
+    rewards: list[float] = dataclasses.field(default_factory=list)  # length times float64
+    successes: list[bool] = dataclasses.field(default_factory=list)  # per step; empty without success information
+    terminated: bool = False  # False also for an episode that was cut off
+
+    @property
+    def length(self) -> int:
+        return len(self.actions)
+
+    @property
+    def total_reward(self) -> float:
+        """The undiscounted return."""
+        return float(np.sum(self.rewards))
+
+    @property
+    def success(self) -> bool | None:
+        """Whether the goal was reached at any step; None if the environment does not say."""
+        return any(self.successes) if self.successes else None
+
+
+Policy = Callable[[Sequence[Episode]], np.ndarray]  # b running episodes -> [b, n, A]
+
+
+def vectorize(make_env: Callable[[], gymnasium.Env], num_envs: int) -> gymnasium.vector.VectorEnv:
+    """Put `num_envs` environments in step, without the automatic resets that would swallow assigned seeds."""
+    disabled = gymnasium.vector.AutoresetMode.DISABLED
+    return gymnasium.vector.SyncVectorEnv([make_env] * num_envs, autoreset_mode=disabled)
+
+
+def run(
+    envs: gymnasium.vector.VectorEnv,
+    policy: Policy,
+    *,
+    seeds: Sequence[int],
+    config: trajectories.DataConfig,
+    on_finish: Callable[[Episode], None] = lambda episode: None,
+) -> list[Episode]:
+    """Play one episode per seed in `envs` (from `vectorize`) and return them in the order of `seeds`.
+
+    `config` says how observations are flattened, as for the data; the rest of it is not used here.
+    A slot whose episode ends takes the next seed, so every seed is played to its end exactly once and short episodes
+    do not bias the mean. Actions are clipped to the action space before they are executed and recorded. The policy
+    sees only the episodes that need actions; `on_finish` sees each episode when it is over. Results do not depend on
+    the number of environments if the policy treats its rows independently.
+
+    Raises ValueError for a space that cannot be used and for actions that have the wrong shape or are not finite.
+    """
+    if envs.metadata["autoreset_mode"] != gymnasium.vector.AutoresetMode.DISABLED:
+        raise ValueError("the environments reset themselves; make them with rollouts.vectorize.")
+    low, high = _action_bounds(envs)
+    waiting = collections.deque(seeds)
+    running: dict[int, Episode] = {}  # by slot; a slot that is missing idles
+    planned: dict[int, list[np.ndarray]] = {}  # actions still to execute, by slot
+    finished = []
+    ended = np.ones(envs.num_envs, bool)
+    while waiting or running:
+        if ended.any():
+            starts = {slot: waiting.popleft() for slot in np.flatnonzero(ended) if waiting}
+            # Idle slots are reset and stepped too, as the vector API knows no other way; nobody looks at them.
+            reset_seeds = [starts.get(slot, 0) for slot in range(envs.num_envs)]
+            observations = _flatten(envs.reset(seed=reset_seeds, options={"reset_mask": ended})[0], config)
+            for slot, seed in starts.items():
+                running[slot], planned[slot] = Episode(seed=seed, observations=[observations[slot]]), []
+
+        asking = [slot for slot in running if not planned[slot]]
+        if asking:
+            actions = _checked(policy([running[slot] for slot in asking]), len(asking), low.shape)
+            for slot, sequence in zip(asking, np.clip(actions, low, high), strict=True):
+                planned[slot] = list(sequence)
+        executed = np.clip(np.zeros_like(low, shape=(envs.num_envs, *low.shape)), low, high)
+        for slot in running:
+            executed[slot] = planned[slot].pop(0)
+
+        observations, rewards, terminated, truncated, infos = envs.step(executed)
+        observations = _flatten(observations, config)
+        successes = infos.get("success", infos.get("is_success"))
+        ended = terminated | truncated
+        for slot, episode in list(running.items()):
+            episode.observations.append(observations[slot])
+            episode.actions.append(executed[slot])
+            episode.rewards.append(float(rewards[slot]))
+            if successes is not None:
+                episode.successes.append(bool(successes[slot]))
+            if ended[slot]:
+                finished.append(dataclasses.replace(running.pop(slot), terminated=bool(terminated[slot])))
+                on_finish(finished[-1])
+    return sorted(finished, key=lambda episode: seeds.index(episode.seed))
+
+
+def plan_policy(
+    plan_fn: Callable[..., types.PlanOutput],
+    params: types.Params,
+    rng_key: chex.PRNGKey,
+    *,
+    discretizer: tokenization.Discretizer,
+    spec: types.TransitionSpec,
+    context_transitions: int,
+    replan_every: int,
+    max_batch: int,
+) -> Policy:
+    """Make a policy that executes the first `replan_every` actions of each plan of `plan_fn` (best given jitted).
+
+    `plan_fn(params, rng_key [B], context, observation [B, N])` is called with B a power of two or `max_batch` (the
+    number of environments), so that few programs are compiled and the last episodes do not pay for a full batch. The
+    key of a plan comes from `rng_key`, the seed of the episode and its length, so a plan does not depend on its
+    neighbours, up to the rounding of `plan_fn` at different batch sizes.
+    """
+
+    def policy(episodes: Sequence[Episode]) -> np.ndarray:
+        batch = _pad(episodes, max_batch)
+        keys = _plan_keys(rng_key, [episode.seed for episode in batch], [episode.length for episode in batch])
+        context = encode_context(batch, discretizer=discretizer, spec=spec, context_transitions=context_transitions)
+        observation = np.stack([episode.observations[-1] for episode in batch])  # [B, N] float32
+        actions = np.asarray(plan_fn(params, keys, context, observation).actions)
+        if actions.shape[1] < replan_every:
+            raise ValueError(f"replan_every={replan_every} needs plans of that length, got {actions.shape[1]} steps.")
+        return actions[: len(episodes), :replan_every]
+
+    return policy
+
+
+def encode_context(
+    episodes: Sequence[Episode],
+    *,
+    discretizer: tokenization.Discretizer,
+    spec: types.TransitionSpec,
+    context_transitions: int,
+) -> types.Context:
+    """Encode the last `context_transitions` transitions of each episode.
+
+    Values and thresholds are compared in float32, as the planner compares the current observation: a value that equals
+    a threshold keeps its bin, whether the data was recorded in float32 or in float64. The value of a past transition is
+    unknown; the highest bin stands in for it, as in the reference, and the transformer never attends to it.
+    """
+    values = np.zeros((len(episodes), context_transitions, spec.transition_dim - 1), np.float32)  # [B, C, D - 1]
+    discretizer = jax.tree.map(np.float32, discretizer)
+    lengths = [min(episode.length, context_transitions) for episode in episodes]
+    for row, episode, length in zip(values, episodes, lengths, strict=True):
+        for i, step in enumerate(range(episode.length - length, episode.length)):
+            row[i] = np.concatenate([episode.observations[step], episode.actions[step], [episode.rewards[step]]])
+    tokens = np.full((*values.shape[:2], spec.transition_dim), spec.num_bins - 1, np.int32)
+    tokens[..., :-1] = tokenization.encode(discretizer, values, dims=slice(0, spec.transition_dim - 1))
+    return types.Context(tokens=tokens, length=np.asarray(lengths, np.int32))
+
+
+def check_spaces(
+    envs: gymnasium.vector.VectorEnv, spec: types.TransitionSpec, *, config: trajectories.DataConfig
+) -> None:
+    """Raise ValueError unless the environments have the observation and action sizes of `spec`."""
+    try:
+        observation_dim = _flatten(envs.observation_space.sample(), config).shape[1]
+    except (KeyError, IndexError, ValueError):
+        keys = config.observation_keys
+        raise ValueError(f"the environment's {envs.single_observation_space} does not have the keys {keys}.") from None
+    sizes = {
+        "observation": (observation_dim, spec.observation_dim),
+        "action": (len(_action_bounds(envs)[0]), spec.action_dim),
+    }
+    for name, (size, expected) in sizes.items():
+        if size != expected:
+            raise ValueError(f"the environment's {name} has {size} dimensions, the model was trained with {expected}.")
+
+
+def normalized_scores(returns: np.ndarray, dataset: minari.MinariDataset) -> np.ndarray | None:
+    """Scale returns to percent of the dataset's reference scores; None if it has none."""
+    try:
+        return 100.0 * minari.get_normalized_score(dataset, np.asarray(returns))
+    except ValueError:
+        return None
+
+
+class FixedGoal(gymnasium.Wrapper):
+    """A gymnasium-robotics maze whose goal stands at `goal` [2] after each reset; the start keeps its noise."""
+
+    def __init__(self, env: gymnasium.Env, goal: Sequence[float]):
+        if not hasattr(env.unwrapped, "update_target_site_pos"):
+            raise ValueError(f"a goal can only be fixed in a maze of gymnasium-robotics, not in {env}.")
+        super().__init__(env)
+        self._goal = np.asarray(goal, np.float64)
+
+    def reset(self, **kwargs) -> tuple[dict, dict]:
+        observation, info = self.env.reset(**kwargs)
+        maze = self.env.unwrapped
+        maze.goal = self._goal.copy()
+        maze.update_target_site_pos()
+        return observation | {"desired_goal": self._goal.copy()}, info
+
+
+def _flatten(observations: np.ndarray | dict, config: trajectories.DataConfig) -> np.ndarray:
+    return trajectories.flatten_observations(observations, config=config).astype(np.float32)  # [B, N]
+
+
+def _action_bounds(envs: gymnasium.vector.VectorEnv) -> tuple[np.ndarray, np.ndarray]:
+    space = envs.single_action_space
+    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"the action space must be a Box of shape (A,), got {space}.")
+    return space.low, space.high
+
+
+def _checked(actions: np.ndarray, num_episodes: int, action_shape: tuple[int, ...]) -> np.ndarray:
+    actions = np.asarray(actions)
+    if actions.ndim != 3 or len(actions) != num_episodes or not actions.shape[1] or actions.shape[2:] != action_shape:
+        raise ValueError(
+            f"the policy must return actions [{num_episodes}, n >= 1, {action_shape[0]}], got {actions.shape}."
+        )
+    if not np.isfinite(actions).all():
+        raise ValueError("the policy returned actions that are not finite (NaN or infinity).")
+    return actions
+
+
+def _pad(episodes: Sequence[Episode], max_batch: int) -> list[Episode]:
+    """Repeat episodes up to the next power of two, at most `max_batch`."""
+    size = max(len(episodes), min(max_batch, 1 << (len(episodes) - 1).bit_length()))
+    return [episodes[i % len(episodes)] for i in range(size)]
+
+
+def _plan_keys(rng_key: chex.PRNGKey, seeds: Sequence[int], lengths: Sequence[int]) -> chex.PRNGKey:
+    """Derive one key [B] per plan."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng_key, jnp.asarray(seeds, jnp.uint32))
+    return jax.vmap(jax.random.fold_in)(keys, jnp.asarray(lengths, jnp.uint32))

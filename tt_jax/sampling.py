@@ -1,0 +1,36 @@
+"""Filters of next-token logits and the categorical draw. Filters act on the last axis, [..., V + 1]."""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+_FLOOR = -1000.0  # of a filtered logit: no probability left in float32, and still finite
+
+
+def filter_cdf(logits: chex.Array, threshold: float) -> chex.Array:
+    """Floor the least likely tokens at -1000: in ascending order, while their joint mass is below `threshold`.
+
+    As in the PyTorch reference the least likely token always goes and so do ties with the last token that goes; what
+    is kept has more than 1 - threshold of the mass. One mend: the most likely tokens stay when all are tied.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    ordered = jnp.sort(probs, axis=-1)
+    below = jnp.sum(jnp.cumsum(ordered, axis=-1) < threshold, axis=-1, keepdims=True)
+    cut = jnp.take_along_axis(ordered, jnp.maximum(below - 1, 0), axis=-1)
+    keep = (probs > cut) | (probs == ordered[..., -1:])
+    return jnp.where(keep, logits, jnp.asarray(_FLOOR, logits.dtype))
+
+
+def filter_top_k(logits: chex.Array, k: int) -> chex.Array:
+    """Set all logits below the k-th largest to minus infinity; ties with it stay."""
+    kth = jax.lax.top_k(logits, k)[0][..., -1:]
+    return jnp.where(logits < kth, -jnp.inf, logits)
+
+
+def categorical(logits: chex.Array, uniform: chex.Array) -> chex.Array:
+    """Draw int32 tokens [...] from `logits` [..., V + 1] by inverting the cdf at `uniform` [...] in [0, 1).
+
+    One random number per row instead of one per token; a token without probability is never drawn.
+    """
+    mass = jnp.cumsum(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), axis=-1)
+    return jnp.sum(mass <= jnp.expand_dims(uniform, -1) * mass[..., -1:], axis=-1, dtype=jnp.int32)

@@ -1,0 +1,366 @@
+"""The Trajectory Transformer and its tokenizer as the model that `planning.beam_plan` searches.
+
+What has been computed is kept as a tree: keys and values of the real past once per environment, those of a beam's
+planned transitions once per beam, and only the action and reward tokens of a candidate are its own. Positions are
+absolute, so whenever the window slides all keys are computed anew for the window that is left.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tt_jax import planning, sampling, tokenization, transformer, types
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Static settings of planning; the defaults are the reference's."""
+
+    horizon: int = 15  # planned transitions
+    beam_width: int = 128  # W
+    num_expand: int = 2  # K, candidates per beam
+    replan_every: int = 1  # environment steps to execute from a plan
+    context_transitions: int = 5  # C, past transitions to remember
+    window: tuple[int, int] = (5, 4)  # (max, keep): with max whole transitions the oldest go until keep are left
+    discount: float = 0.99
+    temperature: float = 1.0
+    action_cdf: float = 0.6  # thresholds of `sampling.filter_cdf`, 0: no filter
+    action_top_k: int = 0  # of `sampling.filter_top_k`, 0: no filter
+    observation_cdf: float = 0.0
+    observation_top_k: int = 1
+    reward_cdf: float = 0.0  # of reward and value tokens
+    reward_top_k: int = 1
+    percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
+    stop_ends_episode: bool = True  # a predicted stop token ends the plan's rewards; the reference goes on
+
+    def __post_init__(self):
+        window_max, window_keep = self.window
+        if not 1 <= window_keep < window_max:
+            raise ValueError(f"window={self.window} must be (max, keep) with 1 <= keep < max.")
+        for name in ("horizon", "beam_width", "num_expand", "replan_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.replan_every > self.horizon:
+            raise ValueError(f"replan_every={self.replan_every} must not exceed horizon={self.horizon}.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature={self.temperature} must be positive.")
+
+
+@chex.dataclass(frozen=True)
+class PlannerParams:
+    """What a plan depends on beside its observations; `extra` is for an injected score_fn, a Q-function's say."""
+
+    transformer: types.Params
+    discretizer: tokenization.Discretizer
+    extra: Any = None
+
+
+@chex.dataclass(frozen=True)
+class _State:
+    """Beams before their next action. P planned transitions fit into the window; those there are stand first."""
+
+    context: types.Context  # the real past in the window, C <= keep transitions
+    context_cache: transformer.KeysValues  # [B], of context tokens without values, D - 1 per transition
+    context_slots: chex.Array  # [] int32, places of the window that the context takes up, filled or not
+    tokens: chex.Array  # [B, W, P, D] int32, planned; the row after `num_planned` begins with the current observation
+    cache: transformer.KeysValues  # [B, W], of planned tokens without values, and of the current observation
+    num_planned: chex.Array  # [] int32, whole planned transitions in the window
+    logits: chex.Array  # [B, W, V + 1] float32, of the first action token
+    ended: chex.Array  # [B, W] bool, the observation says that the episode is over
+
+
+class _Pending(NamedTuple):
+    tokens: chex.Array  # [B, W, K, D] int32, the candidates
+    cache: transformer.KeysValues  # [B, W, K], of their action and reward tokens
+
+
+def make_plan_fn(
+    *,
+    config: transformer.TransformerConfig,
+    plan_config: PlanConfig,
+    score_fn: Callable[..., chex.Array] | None = None,
+    draw_fn: Callable[..., chex.Array] | None = None,
+) -> Callable[[PlannerParams, chex.PRNGKey, types.Context, chex.Array], types.PlanOutput]:
+    """Return plan_fn(params: PlannerParams, rng_key [B], context, observation [B, N] float32) -> PlanOutput.
+
+    The context's `length` is traced: episodes of any age share one program. `score_fn(params, returns, proposal, step)`
+    replaces the score by predicted returns. `draw_fn(rng_key [B], logits [B, W(, K), V + 1], call_index)` replaces
+    sampling from the filtered logits; calls are counted over the plan, one per token of a transition.
+
+    Raises ValueError if the window is longer than the model can read.
+    """
+    if plan_config.window[0] > config.max_transitions:
+        raise ValueError(
+            f"window={plan_config.window} exceeds the model's max_transitions={config.max_transitions}; "
+            f"use at most ({config.max_transitions}, {config.max_transitions - 1})."
+        )
+    if config.goal_conditioned:
+        raise ValueError("a goal-conditioned model has no rewards to plan by; plan with one trained without goals.")
+    model = _Model(config, plan_config, draw_fn)
+
+    def plan_fn(params, rng_key, context, observation):
+        if observation.shape[-1] != config.spec.observation_dim:
+            raise ValueError(
+                f"observation has {observation.shape[-1]} dimensions, the model {config.spec.observation_dim}."
+            )
+        return planning.beam_plan(
+            params,
+            rng_key,
+            model.root(params, context, observation),
+            propose_fn=model.propose,
+            advance_fn=model.advance,
+            score_fn=score_fn,
+            horizon=plan_config.horizon,
+            beam_width=plan_config.beam_width,
+            num_expand=plan_config.num_expand,
+            discount=plan_config.discount,
+        )
+
+    return plan_fn
+
+
+class _Model:
+    """The functions of the model over their static settings; holds no arrays."""
+
+    def __init__(self, config, plan_config, draw_fn):
+        self.config, self.plan, self.spec = config, plan_config, config.spec
+        self.draw_fn = draw_fn or _draw
+        self.num_keys = self.spec.transition_dim - 1  # of a transition: its value token has none
+        self.slots = min(plan_config.window[0], plan_config.horizon)  # P
+
+    def root(self, params, context, observation):
+        """Read the past and the current observation, once per environment."""
+        spec, width = self.spec, self.plan.beam_width
+        window_max, window_keep = self.plan.window
+        slots = context.tokens.shape[1]
+        if slots >= window_max:  # the window slides before anything is planned
+            context, slots = _keep_newest(context, window_keep), window_keep
+            context = context.replace(tokens=context.tokens[:, :slots])
+        context_cache = self._read_context(params, context)
+        dims = slice(spec.observation_dim)
+        tokens = tokenization.encode(params.discretizer, jnp.asarray(observation, jnp.float32), dims=dims)
+        dims = np.arange(spec.observation_dim)
+        x, own = transformer.decode(
+            params.transformer,
+            tokens[:, None, None],
+            dims,
+            _positions(context.length, dims, spec),
+            [(context_cache, context.length * self.num_keys)],
+            config=self.config,
+            visible=np.tri(spec.observation_dim, dtype=bool)[None],
+        )
+        logits = transformer.next_logits(params.transformer, x[:, 0, :, -1], dims[-1], config=self.config)
+        num_envs = tokens.shape[0]
+        empty = transformer.empty_cache((num_envs, width), self.slots * self.num_keys, config=self.config)
+        own = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, 0], (num_envs, width, *leaf.shape[3:])), own)
+        all_tokens = jnp.zeros([num_envs, width, self.slots, spec.transition_dim], jnp.int32)
+        return _State(
+            context=context,
+            context_cache=context_cache,
+            context_slots=jnp.int32(slots),
+            tokens=all_tokens.at[:, :, 0, : spec.observation_dim].set(tokens[:, None]),
+            cache=transformer.write_cache(empty, own, 0),
+            num_planned=jnp.int32(0),
+            logits=jnp.broadcast_to(logits, (num_envs, width, logits.shape[-1])),
+            ended=jnp.zeros(all_tokens.shape[:2], bool),
+        )
+
+    def propose(self, params, rng_key, state, step):
+        """Sample the action and reward tokens of K candidates per beam and predict rewards and values."""
+        spec, plan = self.spec, self.plan
+        size = (*state.ended.shape, plan.num_expand)
+        observation = jax.lax.dynamic_index_in_dim(state.tokens, state.num_planned, axis=2, keepdims=False)
+        observation = observation[..., : spec.observation_dim]
+        history = (state.cache, state.num_planned * self.num_keys + spec.observation_dim)
+
+        def sample(carry, index):  # the action tokens, then the reward token
+            logits, cache = carry
+            action = self._draw(rng_key, logits, step, index, plan.action_cdf, plan.action_top_k)
+            reward = self._draw(rng_key, logits, step, index, plan.reward_cdf, plan.reward_top_k)
+            token = jnp.where(index < spec.action_dim, action, reward)
+            offset = spec.observation_dim + index
+            after, own = self._read_token(params, state, token, offset, [history, (cache, index)])
+            return (after, transformer.write_cache(cache, own, index)), (token, logits)
+
+        logits = jnp.broadcast_to(state.logits[:, :, None], (*size, spec.num_bins + 1))
+        empty = transformer.empty_cache(size, spec.action_dim + 1, config=self.config)
+        (value_logits, cache), (sampled, sampled_logits) = jax.lax.scan(
+            sample, (logits, empty), jnp.arange(spec.action_dim + 1)
+        )
+        value_token = self._draw(rng_key, value_logits, step, spec.action_dim + 1, plan.reward_cdf, plan.reward_top_k)
+        sampled = jnp.moveaxis(sampled, 0, -1)  # [B, W, K, A + 1]
+        before = jnp.broadcast_to(observation[:, :, None], (*size, spec.observation_dim))
+        tokens = jnp.concatenate([before, sampled, value_token[..., None]], axis=-1)
+
+        action = sampled[..., : spec.action_dim]
+        log_probs = jax.nn.log_softmax(jnp.moveaxis(sampled_logits[:-1], 0, -2) / plan.temperature, axis=-1)
+        log_probs = jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]  # [B, W, K, A]
+        is_stop = (tokens == spec.stop_token) & plan.stop_ends_episode
+        over_before = state.ended[..., None] | is_stop[..., :-1].any(-1)
+        over = over_before | is_stop[..., -1]
+        action_dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
+        proposal = types.Proposal(
+            observation=tokenization.decode(params.discretizer, observation, dims=slice(spec.observation_dim)),
+            action=tokenization.decode(params.discretizer, action, dims=action_dims),
+            reward=jnp.where(over_before, 0.0, self._estimate(params, sampled_logits[-1], dim=-2)),
+            value=jnp.where(over, 0.0, self._estimate(params, value_logits, dim=-1)),
+            log_prob=jnp.sum(log_probs, axis=-1),
+            terminal=over,
+            tokens=tokens,
+        )
+        return proposal, _Pending(tokens=tokens, cache=cache)
+
+    def advance(self, params, rng_key, state, pending, beam, expansion, step):
+        """Keep the picked candidates, slide the window if it is full, and sample the next observations."""
+        picked = planning.take_candidates(pending.tokens, beam, expansion)  # [B, W, D]
+        tokens = planning.take_beams(state.tokens, beam)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, picked[:, :, None], state.num_planned, axis=2)
+        grown = state.replace(tokens=tokens, num_planned=state.num_planned + 1)
+
+        def keep_window():
+            cache = jax.tree.map(lambda leaf: planning.take_beams(leaf, beam), state.cache)
+            own = jax.tree.map(lambda leaf: planning.take_candidates(leaf, beam, expansion), pending.cache)
+            start = state.num_planned * self.num_keys + self.spec.observation_dim
+            return grown.replace(cache=transformer.write_cache(cache, own, start))
+
+        is_full = grown.context_slots + grown.num_planned == self.plan.window[0]
+        state = jax.lax.cond(is_full, lambda: self._slide(params, grown), keep_window)
+        return self._observe(params, rng_key, state, picked[..., -1], step)
+
+    def _slide(self, params, state):
+        """Drop the oldest transitions from a full window and compute the keys of what is left."""
+        window_max, window_keep = self.plan.window
+        context_slots = jnp.maximum(state.context_slots - (window_max - window_keep), 0)
+        num_planned = window_keep - context_slots
+        context = _keep_newest(state.context, context_slots)
+        context_cache = self._read_context(params, context)
+        planned = jnp.roll(state.tokens, num_planned - state.num_planned, axis=2)
+        num_slots = min(window_keep, self.slots)
+        read = planned[:, :, :num_slots, :-1].reshape(*planned.shape[:2], 1, -1)  # slots not yet planned are masked
+        _, own = transformer.decode(
+            params.transformer,
+            read,
+            np.tile(np.arange(self.num_keys), num_slots),
+            _positions(context.length, _key_offsets(num_slots, self.spec), self.spec),
+            [(context_cache, context.length * self.num_keys)],
+            config=self.config,
+            visible=np.tri(read.shape[-1], dtype=bool)[None],
+        )
+        return state.replace(
+            context=context,
+            context_cache=context_cache,
+            context_slots=context_slots,
+            tokens=planned,
+            cache=transformer.write_cache(state.cache, jax.tree.map(lambda leaf: leaf[:, :, 0], own), 0),
+            num_planned=num_planned,
+        )
+
+    def _observe(self, params, rng_key, state, value_token, step):
+        """Read the last value token and sample the next observation after it, one token at a time."""
+        spec, plan = self.spec, self.plan
+        start = state.num_planned * self.num_keys
+
+        def sample(carry, index):  # at index 0 the value token, at index i the observation's dimension i - 1
+            logits, cache = carry
+            call = spec.action_dim + 1 + index
+            drawn = self._draw(rng_key, logits, step, call, plan.observation_cdf, plan.observation_top_k)
+            token = jnp.where(index == 0, value_token, drawn)[..., None]
+            end = start + jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
+            logits, own = self._read_token(params, state, token, index - 1, [(cache, end)])
+            own = jax.tree.map(lambda leaf: leaf[:, :, 0], own)
+            return (logits[:, :, 0], transformer.write_cache(cache, own, end)), drawn
+
+        indices = jnp.arange(spec.observation_dim + 1)
+        (logits, cache), drawn = jax.lax.scan(sample, (jnp.zeros_like(state.logits), state.cache), indices)
+        observation = jnp.moveaxis(drawn[1:], 0, -1)  # [B, W, N]
+        row = jnp.pad(observation, [(0, 0), (0, 0), (0, spec.transition_dim - spec.observation_dim)])
+        return state.replace(
+            tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, row[:, :, None], state.num_planned, axis=2),
+            cache=cache,
+            logits=logits,
+            ended=(observation == spec.stop_token).any(-1) & plan.stop_ends_episode,
+        )
+
+    def _read_token(self, params, state, token, offset, past):
+        """Read one token [B, W, K] at `offset` from the current transition's start; -1 is the last one's value.
+
+        Returns the logits [B, W, K, V + 1] after it and its keys and values.
+        """
+        spec = self.spec
+        dim = offset % spec.transition_dim
+        position = _positions(state.context.length + state.num_planned, offset[None], spec)
+        context = (state.context_cache, state.context.length * self.num_keys)
+        x, own = transformer.decode(
+            params.transformer,
+            token[..., None],
+            dim[None],
+            position,
+            [context, *past],
+            config=self.config,
+            visible=jnp.reshape(dim != spec.transition_dim - 1, (1, 1, 1)),
+        )
+        return transformer.next_logits(params.transformer, x[..., 0, :], dim, config=self.config), own
+
+    def _read_context(self, params, context):
+        """Compute the keys and values [B, ...] of the context's tokens, but for value tokens, which nobody sees."""
+        num_envs, num_slots, _ = context.tokens.shape
+        if num_slots == 0:
+            return transformer.empty_cache((num_envs,), 0, config=self.config)
+        tokens = context.tokens[:, :, :-1].reshape(num_envs, 1, 1, -1)
+        _, cache = transformer.decode(
+            params.transformer,
+            tokens,
+            np.tile(np.arange(self.num_keys), num_slots),
+            _key_offsets(num_slots, self.spec)[None, None, None],
+            [],
+            config=self.config,
+            visible=np.tri(tokens.shape[-1], dtype=bool)[None],
+        )
+        return jax.tree.map(lambda leaf: leaf[:, 0, 0], cache)
+
+    def _draw(self, rng_key, logits, step, index, cdf, top_k):
+        """Draw tokens from `logits` [..., V + 1] after the filters; the order of the two is the reference's."""
+        logits = logits / self.plan.temperature
+        if top_k == 1 and self.draw_fn is _draw:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if cdf:
+            logits = sampling.filter_cdf(logits, cdf)
+        if top_k:
+            logits = sampling.filter_top_k(logits, top_k)
+        return self.draw_fn(rng_key, logits, step * self.spec.transition_dim + index).astype(jnp.int32)
+
+    def _estimate(self, params, logits, *, dim):
+        probs = jax.nn.softmax(logits / self.plan.temperature, axis=-1)[..., :-1]
+        if self.plan.percentile < 0:
+            return tokenization.expectation(params.discretizer, probs, dim=dim)
+        return tokenization.percentile(params.discretizer, probs, self.plan.percentile, dim=dim)
+
+
+def _draw(rng_key, logits, call_index):
+    def uniform(key):
+        return jax.random.uniform(jax.random.fold_in(key, call_index), logits.shape[1:-1])
+
+    return sampling.categorical(logits, jax.vmap(uniform)(rng_key))
+
+
+def _keep_newest(context, limit):
+    """Shorten each context to at most `limit` transitions and move what stays to the front."""
+    length = jnp.minimum(context.length, limit)
+    shift = context.length - length
+    rows = jax.vmap(lambda tokens, by: jnp.roll(tokens, -by, axis=0))(context.tokens, shift)
+    return types.Context(tokens=rows, length=length)
+
+
+def _key_offsets(num_slots, spec):
+    """Positions of all tokens but the values in `num_slots` transitions."""
+    return np.arange(num_slots * spec.transition_dim).reshape(num_slots, -1)[:, :-1].reshape(-1)
+
+
+def _positions(transitions, offsets, spec):
+    """Positions [B, 1, 1, T] at `offsets` [T] after `transitions` [B] whole ones."""
+    return (transitions * spec.transition_dim)[:, None, None, None] + jnp.asarray(offsets)[None, None, None]

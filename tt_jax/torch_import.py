@@ -1,0 +1,66 @@
+"""Weights of the PyTorch reference as our parameters; needs numpy only."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tt_jax import transformer, types
+
+
+def from_state_dict(state_dict: Mapping[str, Any], *, config: transformer.TransformerConfig) -> types.Params:
+    """Turn a state_dict of the reference's GPT (or ConditionalGPT) into parameters for `config`.
+
+    Values are anything that numpy.asarray takes; their float type is kept. The map is linear, so gradients can be
+    turned likewise. Raises ValueError naming the first parameter that is missing, left over or of another shape.
+    """
+    state = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith("attn.mask")}
+    used = set()
+
+    def take(name, *shape):
+        if name not in state:
+            raise ValueError(
+                f"the state_dict has no '{name}'; is it the reference's GPT with {config.num_layers} layers?"
+            )
+        if state[name].shape != shape:
+            raise ValueError(f"'{name}' has shape {state[name].shape}, but the configuration asks for {shape}.")
+        used.add(name)
+        return state[name]
+
+    def blocks(name, *shape):
+        return np.stack([take(f"blocks.{index}.{name}", *shape) for index in range(config.num_layers)])
+
+    def linear(name, fan_in, fan_out):
+        return {
+            "kernel": blocks(f"{name}.weight", fan_out, fan_in).swapaxes(1, 2),
+            "bias": blocks(f"{name}.bias", fan_out),
+        }
+
+    def norm(name):
+        return {"scale": blocks(f"{name}.weight", embed), "bias": blocks(f"{name}.bias", embed)}
+
+    spec, embed = config.spec, config.embed_dim
+    heads = [linear(f"attn.{name}", embed, embed) for name in ("query", "key", "value")]
+    goal_rows = (
+        spec.observation_dim if config.goal_conditioned else 0
+    )  # the reference adds position rows it never reads
+    params = {
+        "token_embedding": take("tok_emb.weight", spec.num_bins * spec.transition_dim + 1, embed),
+        "position_embedding": take("pos_emb", 1, config.block_size + goal_rows, embed)[0, : config.block_size],
+        "blocks": {
+            "norm_1": norm("ln1"),
+            "qkv": {part: np.concatenate([head[part] for head in heads], axis=-1) for part in ("kernel", "bias")},
+            "projection": linear("attn.proj", embed, embed),
+            "norm_2": norm("ln2"),
+            "mlp_in": linear("mlp.0", embed, 4 * embed),
+            "mlp_out": linear("mlp.2", 4 * embed, embed),
+        },
+        "norm": {"scale": take("ln_f.weight", embed), "bias": take("ln_f.bias", embed)},
+        "head": take("head.weight", spec.transition_dim, spec.num_bins + 1, embed).swapaxes(1, 2),
+    }
+    if config.goal_conditioned:
+        params["goal_embedding"] = take("goal_emb.weight", spec.num_bins * spec.observation_dim, embed)
+    left_over = sorted(set(state) - used)
+    if left_over:
+        raise ValueError(f"the state_dict holds '{left_over[0]}', which a model of {config.num_layers} layers lacks.")
+    return params

@@ -1,0 +1,272 @@
+"""Train the Trajectory Transformer: schedule, optimizer, train steps, and the one data-parallel wrapper.
+
+The tokenised dataset lives on every device; a compiled call runs many steps and gathers its own windows, so that the
+position in the data is the step alone. All devices compute the ids of the global batch and take their share of it.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import jax_utils
+
+from tt_jax import trajectories, transformer, types
+
+AXIS = "devices"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Static settings of a training run; the defaults are the reference's."""
+
+    num_steps: int = 195_000
+    batch_size: int = 256  # windows per step over all devices
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest global norm
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_tokens: int = 0  # 0: those of one epoch
+    final_tokens: int = 0  # where the cosine first reaches its floor; 0: those of 20 epochs
+    clamp_cosine: bool = False  # stay at the floor after final_tokens; the reference's cosine rises again
+    steps_per_call: int = 50  # train steps in one compiled call
+    log_every: int = 100
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 3
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes."""
+
+    params: types.Params
+    opt_state: optax.OptState
+    step: chex.Array  # [] int32, steps done
+    tokens_seen: chex.Array  # [2] uint32, high and low word of the number of targets so far that are not stop
+
+
+def with_token_schedule(config: TrainConfig, *, num_windows: int, block_size: int) -> TrainConfig:
+    """Fill in the reference's schedule: warm-up over the tokens of one epoch, the cosine's floor after 20."""
+    epoch_tokens = num_windows * block_size
+    return dataclasses.replace(
+        config,
+        warmup_tokens=config.warmup_tokens or epoch_tokens,
+        final_tokens=config.final_tokens or 20 * epoch_tokens,
+    )
+
+
+def learning_rate(tokens_seen: chex.Numeric, *, config: TrainConfig) -> chex.Array:
+    """Return the rate after `tokens_seen` targets: linear warm-up, then a cosine that never falls below 10%.
+
+    As in the reference the cosine rises again after `final_tokens` unless the configuration clamps it. (The very
+    first step of a run uses the full rate, which `update` sees to.)
+    """
+    tokens_seen = jnp.asarray(tokens_seen, jnp.float32)
+    progress = (tokens_seen - config.warmup_tokens) / max(1, config.final_tokens - config.warmup_tokens)
+    if config.clamp_cosine:
+        progress = jnp.minimum(progress, 1.0)
+    cosine = jnp.maximum(0.1, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
+    multiplier = jnp.where(tokens_seen < config.warmup_tokens, tokens_seen / max(1, config.warmup_tokens), cosine)
+    return config.learning_rate * multiplier
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW without its rate, which depends on tokens and is applied in `update`; only matrices of products decay."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
+
+
+def decay_mask(params: types.Params) -> types.Params:
+    """Mark with True what weight decay applies to: the kernels of linear maps and the head."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "head"), params)
+
+
+def init(rng_key: chex.PRNGKey, *, config: TrainConfig, model_config: transformer.TransformerConfig) -> TrainState:
+    """Return the state before the first step."""
+    params = transformer.init(rng_key, config=model_config)
+    return TrainState(
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        step=jnp.zeros([], jnp.int32),
+        tokens_seen=jnp.zeros([2], jnp.uint32),
+    )
+
+
+def update(
+    state: TrainState,
+    batch: types.Batch,
+    dropout_key: chex.PRNGKey | None,
+    *,
+    config: TrainConfig,
+    model_config: transformer.TransformerConfig,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, chex.Array]]:
+    """Do one AdamW step on `batch`, the device's equal share of the global batch if `axis_name` is given.
+
+    The metrics are means over the global batch before the step, the gradient's norm before clipping, and the rate.
+    """
+    add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
+    num_positions = add_up(jnp.float32(batch.targets.size))
+
+    def objective(params):
+        total, *sums_and_counts = transformer.loss_sums(params, batch, config=model_config, dropout_key=dropout_key)
+        return total / num_positions, sums_and_counts
+
+    grads, sums_and_counts = jax.grad(objective, has_aux=True)(state.params)
+    grads, (sums, counts) = add_up((grads, sums_and_counts))
+    real_targets = add_up(jnp.sum(batch.targets != model_config.spec.stop_token, dtype=jnp.uint32))
+
+    tokens_seen = state.tokens_seen[0].astype(jnp.float32) * 2.0**32 + state.tokens_seen[1].astype(jnp.float32)
+    rate = jnp.where(state.step == 0, config.learning_rate, learning_rate(tokens_seen, config=config))
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+    low_word = state.tokens_seen[1] + real_targets
+    carry = (low_word < real_targets).astype(jnp.uint32)
+    metrics = transformer.mean_losses(sums, counts)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["learning_rate"] = rate
+    state = TrainState(
+        params=params,
+        opt_state=opt_state,
+        step=state.step + 1,
+        tokens_seen=jnp.stack([state.tokens_seen[0] + carry, low_word]),
+    )
+    return state, metrics
+
+
+def window_ids(seed: chex.Numeric, step: chex.Numeric, *, batch_size: int, num_windows: int) -> chex.Array:
+    """Return the int32 ids [batch_size] of the windows of a step.
+
+    Every epoch visits each window once, in an order that depends only on `seed` and the epoch; a batch that crosses
+    the end of an epoch goes on in the next. `step * batch_size` must stay below 2**32.
+    """
+    position = jnp.uint32(step) * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
+    epoch, index = position // jnp.uint32(num_windows), position % jnp.uint32(num_windows)
+    return _permute(index, _mix(jnp.uint32(seed) + _mix(epoch)), num_windows).astype(jnp.int32)
+
+
+def _permute(index, key, size):
+    """Permute [0, size) by a Feistel network on the next even number of bits, repeated until the result is in range."""
+    half = (max(size - 1, 1).bit_length() + 1) // 2
+
+    def feistel(x):
+        left, right = x >> half, x & ((1 << half) - 1)
+        for round_number in range(4):
+            hashed = _mix(right ^ _mix(key + jnp.uint32(round_number)))
+            left, right = right, left ^ (hashed & jnp.uint32((1 << half) - 1))
+        return (left << half) | right
+
+    return jax.lax.while_loop(
+        lambda x: jnp.any(x >= size), lambda x: jnp.where(x >= size, feistel(x), x), feistel(index)
+    )
+
+
+def _mix(x):
+    """Scramble a uint32 (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def make_train_fn(
+    *,
+    config: TrainConfig,
+    model_config: transformer.TransformerConfig,
+    windows_fn: Callable[[trajectories.TokenStore, chex.Array], types.Batch],
+    num_windows: int,
+) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
+    """Return the data-parallel train_fn(state, store, seed, num_steps) -> (state, metrics).
+
+    Arguments and results have a leading axis of the local devices (see `replicate`); the state is donated. `num_steps`
+    is traced, at most `config.steps_per_call`; metrics are [steps_per_call], of which the first `num_steps` count. How
+    a run is split into calls, and over how many devices, changes none of the random bits. `windows_fn(store, ids)`
+    gathers windows. Raises ValueError if the batch cannot be shared equally or the run is too long to count.
+    """
+    if config.num_steps * config.batch_size >= 2**32:
+        raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
+    local_size = _share_per_device(config.batch_size)
+
+    def train(state, store, seed, num_steps):
+        dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
+        first = jax.lax.axis_index(AXIS) * local_size
+        rows = first + jnp.arange(local_size)
+
+        def one_step(state):
+            ids = window_ids(seed, state.step, batch_size=config.batch_size, num_windows=num_windows)
+            batch = windows_fn(store, jax.lax.dynamic_slice_in_dim(ids, first, local_size))
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(dropout_root, state.step), rows)
+            return update(state, batch, keys, config=config, model_config=model_config, axis_name=AXIS)
+
+        def step_and_note(index, carry):
+            state, notes = carry
+            state, metrics = one_step(state)
+            return state, jax.tree.map(lambda note, metric: note.at[index].set(metric), notes, metrics)
+
+        names = jax.eval_shape(one_step, state)[1]
+        notes = {name: jnp.zeros([config.steps_per_call]) for name in names}
+        return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
+
+    return data_parallel(train, donate_argnums=0)
+
+
+def make_eval_fn(
+    *,
+    config: TrainConfig,
+    model_config: transformer.TransformerConfig,
+    windows_fn: Callable[[trajectories.TokenStore, chex.Array], types.Batch],
+    num_windows: int,
+) -> Callable[[types.Params, trajectories.TokenStore], dict[str, chex.Array]]:
+    """Return the data-parallel eval_fn(params, store) -> metrics over at most 8 batches of evenly spaced windows."""
+    local_size = _share_per_device(config.batch_size)
+    num_batches = min(8, math.ceil(num_windows / config.batch_size))
+    spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)
+    ids = spaced.reshape(num_batches, -1, local_size)
+
+    def evaluate(params, store):
+        def add_batch(carry, batch_ids):
+            batch = windows_fn(store, batch_ids[jax.lax.axis_index(AXIS)])
+            _, sums, counts = transformer.loss_sums(params, batch, config=model_config)
+            return (carry[0] + sums, carry[1] + counts), None
+
+        totals, _ = jax.lax.scan(add_batch, (jnp.zeros([4]), jnp.zeros([4])), jnp.asarray(ids))
+        return transformer.mean_losses(*jax.lax.psum(totals, AXIS))
+
+    return data_parallel(evaluate)
+
+
+def _share_per_device(batch_size: int) -> int:
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise ValueError(
+            f"batch_size={batch_size} must be a multiple of the {devices} devices; set --config.train.batch_size."
+        )
+    return batch_size // devices
+
+
+def data_parallel(fn: Callable[..., Any], *, donate_argnums: int | tuple[int, ...] = ()) -> Callable[..., Any]:
+    """Map `fn` over all devices of all processes; it can reduce over the axis `AXIS`.
+
+    Every array in arguments and results has a leading axis of the local devices.
+    """
+    return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
+
+
+def replicate(tree: Any) -> Any:
+    """Copy a pytree of host arrays to each local device, as `data_parallel` functions take it."""
+    return jax_utils.replicate(tree, axis_name=AXIS)
+
+
+def unreplicate(tree: Any) -> Any:
+    """Take what the first local device holds to numpy, as own copies that outlive a donation."""
+    return jax.tree.map(lambda x: np.array(x.addressable_data(0)[0]), tree)
