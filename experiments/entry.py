@@ -170,8 +170,11 @@ def resolve_config(config, *, dataset, workdir) -> ml_collections.ConfigDict:
     if path.exists() and checkpoints.latest_step(workdir) is not None:
         _check_same_run(read_config(workdir), config, workdir)
     if is_main_process():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise UsageError(f"--workdir={workdir} cannot be written: {error}.") from error
     return ml_collections.FrozenConfigDict(config)
 
 

@@ -33,6 +33,8 @@ def main(_):
 
 def train(config, workdir, *, preemption, download=False):
     """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
+    if not 0 <= config.seed < 2**32:
+        raise entry.UsageError(f"seed={config.seed} must be in [0, 2**32).")
     data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
     num_windows = trajectories.num_windows(data.train.offsets)
@@ -51,7 +53,8 @@ def train(config, workdir, *, preemption, download=False):
         eval_fn = training.make_eval_fn(num_windows=trajectories.num_windows(data.held_out.offsets), **functions)
         held_out = _place(data.held_out)
 
-    state = training.init(jax.random.key(config.seed), config=train_config, model_config=model_config)
+    init = functools.partial(training.init, config=train_config, model_config=model_config)
+    state = jax.jit(init)(jax.random.key(config.seed))
     if checkpoints.latest_step(workdir) is not None:
         state = _resume(workdir, state, data.tokenizer)
         logging.info("resuming %s at step %d", workdir, state.step)
@@ -135,10 +138,12 @@ def _place(tree):
 
 
 def _check_finite(metrics, *, first_step):
-    for name, values in metrics.items():
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            raise FloatingPointError(f"train/{name} is {values[bad[0]]} at step {first_step + bad[0]}.")
+    """Raise FloatingPointError naming the first step with a metric that is not finite, and the loss if it is one."""
+    bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in metrics.items()}
+    found = sorted((steps[0], name != "loss", name) for name, steps in bad.items() if steps.size)
+    if found:
+        index, _, name = found[0]
+        raise FloatingPointError(f"train/{name} is {metrics[name][index]} at step {first_step + index}.")
 
 
 if __name__ == "__main__":

@@ -118,59 +118,261 @@ def update(
     """Do one step of V, then of the policy and of Q with the new V, then move the target critic (algorithm 1).
 
     `batch` is the device's equal share of the global batch if `axis_name` is given. The metrics are means over the
-    global batch: the losses, V and the critics before their steps, and the advantage by the new V. Raises ValueError if
+    global batch: the losses, V and the critics before their steps, the advantage by the new V. Raises ValueError if
     the shapes of the batch do not suit the configuration.
     """
     _check_batch(batch, config)
     params, actions = state.params, batch.actions
-    observations, next_observations = _standardize(params, jnp.stack([batch.observations, batch.next_observations]))
+    observations = _standardize(params, batch.observations)
+    both_observations = jnp.stack([observations, _standardize(params, batch.next_observations)])
     rewards = transform_rewards(params, batch.rewards)
     target_q = jnp.min(_critics(params["target_critic"], observations, actions), axis=0)  # [B]
+    descend = functools.partial(_descend, state=state, axis_name=axis_name)
 
-    def value_loss(network):
-        v = _network(network, observations)[..., 0]
+    def value_loss(value):
+        v = _network(value, observations)[:, 0]
         return jnp.mean(expectile_loss(target_q - v, expectile=config.expectile)), {"v": jnp.mean(v)}
 
-    def step(name, loss_fn, rate):
-        return _descend(loss_fn, params[name], state.opt_state[name], rate=rate, axis_name=axis_name)
-
-    value, value_opt, value_metrics = step("value", value_loss, config.learning_rate)
-    new_v, next_v = _network(value, jnp.stack([observations, next_observations]))[..., 0]
-    advantage = target_q - new_v
+    value, value_opt, value_metrics = descend("value", value_loss, config.learning_rate)
+    v, next_v = _network(value, both_observations)[..., 0]  # of the new V
+    advantage = target_q - v
     weights = jnp.minimum(jnp.exp(config.temperature * advantage), _MAX_WEIGHT)
-    bootstrapped = rewards + config.discount * batch.not_terminal * next_v
+    q_goal = rewards + config.discount * batch.not_terminal * next_v
 
-    def actor_loss(network):
-        dropout_fn = _dropout(state, len(actions), config=config, axis_name=axis_name)
-        mean = jnp.tanh(_network(network, observations, dropout_fn))
-        return -jnp.mean(weights * _log_prob(mean, network["log_std"], actions)), {"advantage": jnp.mean(advantage)}
+    def actor_loss(actor):
+        dropout_fn = _dropout_fn(state, len(actions), config, axis_name) if config.actor_dropout else None
+        log_prob = _log_prob(actor, observations, actions, dropout_fn=dropout_fn)
+        return -jnp.mean(weights * log_prob), {"advantage": jnp.mean(advantage)}
 
-    def critic_loss(network):
-        q = _critics(network, observations, actions)  # [2, B]
+    def critic_loss(critic):
+        q = _critics(critic, observations, actions)  # [2, B]
         q1, q2 = jnp.mean(q, axis=1)
-        return jnp.sum(jnp.mean((q - bootstrapped) ** 2, axis=1)), {"q1": q1, "q2": q2}
+        return jnp.sum(jnp.mean((q - q_goal[None]) ** 2, axis=1)), {"q1": q1, "q2": q2}
 
-    actor, actor_opt, actor_metrics = step("actor", actor_loss, actor_learning_rate(state.step, config=config))
-    critic, critic_opt, critic_metrics = step("critic", critic_loss, config.learning_rate)
+    actor, actor_opt, actor_metrics = descend("actor", actor_loss, actor_learning_rate(state.step, config=config))
+    critic, critic_opt, critic_metrics = descend("critic", critic_loss, config.learning_rate)
     target_critic = optax.incremental_update(critic, params["target_critic"], config.tau)
-    metrics = {
-        "value_loss": value_metrics.pop("loss"),
-        "actor_loss": actor_metrics.pop("loss"),
-        "critic_loss": critic_metrics.pop("loss"),
-        **value_metrics,
-        **actor_metrics,
-        **critic_metrics,
-    }
-    state = IQLState(
-        params={
-            "actor": actor,
-            "critic": critic,
-            "value": value,
-            "target_critic": target_critic,
-            "units": params["units"],
-        },
+    networks = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
+    state = state.replace(
+        params=params | networks,
         opt_state={"actor": actor_opt, "critic": critic_opt, "value": value_opt},
         step=state.step + 1,
-        dropout_key=state.dropout_key,
     )
-    return state, metrics
+    return state, value_metrics | actor_metrics | critic_metrics
+
+
+def q_values(params: types.Params, observation: chex.Array, action: chex.Array) -> chex.Array:
+    """Return both critics [2, ...] at observation [..., N] and action [..., A], whose leading axes are broadcast.
+
+    In the transformed reward's units; IQL's estimate is the minimum, `.min(axis=0)`. To evaluate the target critic
+    pass `params | {"critic": params["target_critic"]}`. Raises ValueError if the last axes are not those trained on.
+    """
+    _check_size("observation", observation, params["actor"]["dense_0"]["kernel"].shape[-2])
+    _check_size("action", action, params["actor"]["log_std"].shape[-1])
+    leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
+    observation = jnp.broadcast_to(_standardize(params, observation), (*leading, observation.shape[-1]))
+    return _critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
+
+
+def values(params: types.Params, observation: chex.Array) -> chex.Array:
+    """Return V [...] at observation [..., N], in the transformed reward's units; raises ValueError as `q_values`."""
+    _check_size("observation", observation, params["value"]["dense_0"]["kernel"].shape[-2])
+    return _network(params["value"], _standardize(params, observation))[..., 0]
+
+
+def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Return the mean [..., A] of the actions at observation [..., N], within +-1, and their deviation [A]."""
+    _check_size("observation", observation, params["actor"]["dense_0"]["kernel"].shape[-2])
+    return _policy(params["actor"], _standardize(params, observation))
+
+
+def sample_action(
+    params: types.Params, rng_key: chex.PRNGKey, observation: chex.Array, *, temperature: chex.Numeric = 1.0
+) -> chex.Array:
+    """Draw actions [..., A], clipped to +-1, at observation [..., N]; temperature 0 gives the mean, for evaluation.
+
+    `rng_key` is one key, or one per observation, so that an action does not depend on the other observations. The
+    temperature multiplies the deviation. Raises ValueError as `q_values`.
+    """
+    mean, std = policy(params, observation)
+    if rng_key.ndim:
+        draw_fn = functools.partial(jax.random.normal, shape=std.shape)
+        noise = jax.vmap(draw_fn)(rng_key.reshape(-1)).reshape(mean.shape)
+    else:
+        noise = jax.random.normal(rng_key, mean.shape)
+    return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), -1.0, 1.0)
+
+
+def actor_learning_rate(step: chex.Numeric, *, config: IQLConfig) -> chex.Array:
+    """Return the actor's rate after `step` updates: constant, or a cosine that is 0 from actor_cosine_steps on."""
+    if not config.actor_cosine_steps:
+        return jnp.float32(config.learning_rate)
+    return optax.cosine_decay_schedule(config.learning_rate, config.actor_cosine_steps)(step)
+
+
+def expectile_loss(difference: chex.Array, *, expectile: float) -> chex.Array:
+    """Square `difference`, times `expectile` where it is positive and 1 - expectile elsewhere (equation 5)."""
+    return jnp.where(difference > 0, expectile, 1 - expectile) * difference**2
+
+
+def fit_units(transitions: Transitions, *, config: IQLConfig) -> types.Params:
+    """Measure on the whole dataset, in numpy, the units in which the networks work, as the configuration says.
+
+    Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
+    "raw"; "minus_one", 1 less per step; "return_range", multiplied by 1000 / (largest - smallest return), with the
+    episodes told apart as in the reference (see `episode_ends`), so the rows must be in the order they were made.
+    Raises ValueError if the observations are of another size or all returns are equal.
+    """
+    _check_batch(transitions, config)
+    units = jax.tree.map(np.asarray, _raw_units(config.observation_dim))
+    if config.normalize_observations:
+        observations = np.asarray(transitions.observations, np.float64)
+        units["observation_mean"] = observations.mean(axis=0).astype(np.float32)
+        units["observation_std"] = np.maximum(observations.std(axis=0), 1e-3).astype(np.float32)
+    if config.reward_units == "minus_one":
+        units["reward_shift"] = np.float32(-1)
+    elif config.reward_units == "return_range":
+        returns = episode_returns(transitions)
+        if returns.max() == returns.min():
+            raise ValueError(
+                f'all {len(returns)} returns are {returns[0]}, so reward_units="return_range" has no scale; '
+                'set reward_units to "minus_one" or "raw".'
+            )
+        units["reward_scale"] = np.float32(1000 / (returns.max() - returns.min()))
+    return units
+
+
+def transform_rewards(params: types.Params, rewards: chex.Array) -> chex.Array:
+    """Bring rewards of the environment to the units of Q and V."""
+    units = params["units"]
+    return rewards * units["reward_scale"] + units["reward_shift"]
+
+
+def episode_ends(transitions: Transitions) -> np.ndarray:
+    """Mark the rows [n] that end an episode: terminals, the last row, and those whose next observation is not the next
+    row's observation (by more than 1e-6 in norm)."""
+    jumps = np.asarray(transitions.observations)[1:] - np.asarray(transitions.next_observations)[:-1]
+    is_end = np.append(np.linalg.norm(jumps, axis=1) > 1e-6, True)
+    return is_end | (np.asarray(transitions.not_terminal) == 0)
+
+
+def episode_returns(transitions: Transitions) -> np.ndarray:
+    """Sum the rewards [n] of each episode, in float64; an unfinished last episode counts too."""
+    starts = np.append(0, np.flatnonzero(episode_ends(transitions))[:-1] + 1)
+    return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
+
+
+def clip_actions(actions: np.ndarray) -> np.ndarray:
+    """Keep a dataset's actions just inside +-1, as the reference does before training."""
+    limit = np.float32(1 - 1e-5)
+    return np.clip(actions, -limit, limit)
+
+
+# Networks: {"dense_0": {"kernel": [in, out], "bias": [out]}, "dense_1": ..., ...}
+
+
+def _init_network(rng_key, *, sizes):
+    initializer = jax.nn.initializers.orthogonal(math.sqrt(2))
+    keys = jax.random.split(rng_key, len(sizes) - 1)
+    return {
+        f"dense_{i}": {"kernel": initializer(key, shape, jnp.float32), "bias": jnp.zeros(shape[1:])}
+        for i, (key, *shape) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=True))
+    }
+
+
+def _network(network, inputs, *, dropout_fn=None):
+    """Apply a network to inputs [..., in], with ReLU after all layers but the last."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    last = sum(name.startswith("dense") for name in network) - 1
+    for i in range(last + 1):
+        layer = network[f"dense_{i}"]
+        x = jnp.matmul(x, layer["kernel"], precision=_PRECISION) + layer["bias"][None]
+        if i < last:
+            x = jax.nn.relu(x)
+            x = dropout_fn(x, i) if dropout_fn else x
+    return x.reshape(*inputs.shape[:-1], -1)
+
+
+def _critics(critic, observations, actions):
+    inputs = jnp.concatenate([observations, actions], axis=-1)
+    inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
+    return jax.vmap(_network)(critic, inputs)[..., 0]  # [2, ...]
+
+
+def _policy(actor, observations, *, dropout_fn=None):
+    log_std = jnp.clip(actor["log_std"], _LOG_STD_MIN, _LOG_STD_MAX)
+    return jnp.tanh(_network(actor, observations, dropout_fn=dropout_fn)), jnp.exp(log_std)
+
+
+def _log_prob(actor, observations, actions, *, dropout_fn=None):
+    mean, std = _policy(actor, observations, dropout_fn=dropout_fn)
+    std = jnp.broadcast_to(std, mean.shape)
+    return jnp.sum(jax.scipy.stats.norm.logpdf(actions, mean, std), axis=-1)
+
+
+def _dropout_fn(state, num_rows, config, axis_name):
+    """Return dropout of [rows, units]; its bits depend on the row in the global batch, not on the devices."""
+    first = jax.lax.axis_index(axis_name) * num_rows if axis_name else 0
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.dropout_key), state.step)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(step_key, first + jnp.arange(num_rows))
+    keep = 1 - config.actor_dropout
+
+    def dropout_fn(x, layer):
+        kept = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), keep, x.shape[1:]))(row_keys)
+        return jnp.where(kept, x / keep, 0)
+
+    return dropout_fn
+
+
+def _descend(name, loss_fn, rate, *, state, axis_name):
+    """Do one step of Adam; return the network, its optimizer's state and the metrics, averaged over the devices."""
+    network = state.params[name]
+    # As arrays that may differ between the devices the gradients stay those of the device's share; for arrays known to
+    # be replicated `jax.shard_map` sums them by itself.
+    zero = 0 * jax.lax.axis_index(axis_name) if axis_name else 0
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(jax.tree.map(lambda p: p + zero, network))
+    metrics = {f"{name}_loss": loss, **metrics}
+    if axis_name:
+        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    updates, opt_state = optax.scale_by_adam().update(grads, state.opt_state[name])
+    return jax.tree.map(lambda p, u: p - rate * u, network, updates), opt_state, metrics
+
+
+# Units and checks
+
+
+def _raw_units(observation_dim):
+    return {
+        "observation_mean": jnp.zeros([observation_dim]),
+        "observation_std": jnp.ones([observation_dim]),
+        "reward_scale": jnp.ones([]),
+        "reward_shift": jnp.zeros([]),
+    }
+
+
+def _standardize(params, observations):
+    units = params["units"]
+    mean, std = (jnp.broadcast_to(units[f"observation_{name}"], observations.shape) for name in ("mean", "std"))
+    return (observations - mean) / std
+
+
+def _check_size(name, array, size):
+    if array.ndim < 1 or array.shape[-1] != size:
+        raise ValueError(f"{name} must be [..., {size}] as in training, got {array.shape}; use the same layout.")
+
+
+def _check_batch(batch, config):
+    size = len(batch.observations)
+    expected = {
+        "observations": (size, config.observation_dim),
+        "actions": (size, config.action_dim),
+        "rewards": (size,),
+        "not_terminal": (size,),
+        "next_observations": (size, config.observation_dim),
+    }
+    for name, shape in expected.items():
+        if jnp.shape(batch[name]) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} for observation_dim={config.observation_dim} and "
+                f"action_dim={config.action_dim}, got {jnp.shape(batch[name])}."
+            )

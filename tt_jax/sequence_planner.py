@@ -242,15 +242,21 @@ class _Model:
         planned = jnp.roll(state.tokens, num_planned - state.num_planned, axis=2)
         num_slots = min(window_keep, self.slots)
         read = planned[:, :, :num_slots, :-1].reshape(*planned.shape[:2], 1, -1)  # slots not yet planned are masked
-        _, own = transformer.decode(
-            params.transformer,
-            read,
-            np.tile(np.arange(self.num_keys), num_slots),
-            _positions(context.length, _key_offsets(num_slots, self.spec), self.spec),
-            [(context_cache, context.length * self.num_keys)],
-            config=self.config,
-            visible=np.tri(read.shape[-1], dtype=bool)[None],
-        )
+
+        def read_after(past):
+            _, cache = transformer.decode(
+                params.transformer,
+                read,
+                np.tile(np.arange(self.num_keys), num_slots),
+                _positions(context.length, _key_offsets(num_slots, self.spec), self.spec),
+                past,
+                config=self.config,
+                visible=np.tri(read.shape[-1], dtype=bool)[None],
+            )
+            return cache
+
+        segment = (context_cache, context.length * self.num_keys)
+        own = jax.lax.cond(context_slots > 0, lambda: read_after([segment]), lambda: read_after([]))
         return state.replace(
             context=context,
             context_cache=context_cache,
@@ -264,24 +270,26 @@ class _Model:
         """Read the last value token and sample the next observation after it, one token at a time."""
         spec, plan = self.spec, self.plan
         start = state.num_planned * self.num_keys
+        history = (state.cache, start)
 
         def sample(carry, index):  # at index 0 the value token, at index i the observation's dimension i - 1
-            logits, cache = carry
+            logits, current = carry
             call = spec.action_dim + 1 + index
             drawn = self._draw(rng_key, logits, step, call, plan.observation_cdf, plan.observation_top_k)
             token = jnp.where(index == 0, value_token, drawn)[..., None]
-            end = start + jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
-            logits, own = self._read_token(params, state, token, index - 1, [(cache, end)])
+            place = jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
+            logits, own = self._read_token(params, state, token, index - 1, [history, (current, place)])
             own = jax.tree.map(lambda leaf: leaf[:, :, 0], own)
-            return (logits[:, :, 0], transformer.write_cache(cache, own, end)), drawn
+            return (logits[:, :, 0], transformer.write_cache(current, own, place)), drawn
 
+        current = transformer.empty_cache(state.ended.shape, spec.observation_dim, config=self.config)
         indices = jnp.arange(spec.observation_dim + 1)
-        (logits, cache), drawn = jax.lax.scan(sample, (jnp.zeros_like(state.logits), state.cache), indices)
+        (logits, current), drawn = jax.lax.scan(sample, (jnp.zeros_like(state.logits), current), indices)
         observation = jnp.moveaxis(drawn[1:], 0, -1)  # [B, W, N]
         row = jnp.pad(observation, [(0, 0), (0, 0), (0, spec.transition_dim - spec.observation_dim)])
         return state.replace(
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, row[:, :, None], state.num_planned, axis=2),
-            cache=cache,
+            cache=transformer.write_cache(state.cache, current, start),
             logits=logits,
             ended=(observation == spec.stop_token).any(-1) & plan.stop_ends_episode,
         )

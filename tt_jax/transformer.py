@@ -8,6 +8,7 @@ observation.
 """
 
 import dataclasses
+import functools
 import operator
 from typing import Any
 
@@ -367,11 +368,13 @@ def decode(
             jnp.where(mask, _tree_matmul(query, key, config).astype(jnp.float32), -jnp.inf)
             for mask, (key, _) in zip(masks, shared, strict=True)
         ]
-        weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(x.dtype)
-        bounds = np.cumsum([score.shape[-1] for score in scores])[:-1]
-        parts = jnp.split(weights, bounds, axis=-1)
-        mixed = sum(_tree_matmul(part, value, config) for part, (_, value) in zip(parts, shared, strict=True))
-        x = x + project_heads(layer, mixed, config=config)
+        largest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
+        parts = [jnp.exp(score - largest) for score in scores]  # one softmax over all segments, normalised at the end
+        total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in parts)
+        mixed = sum(
+            _tree_matmul(part.astype(x.dtype), value, config) for part, (_, value) in zip(parts, shared, strict=True)
+        )
+        x = x + project_heads(layer, mixed / total.astype(x.dtype), config=config)
         x = x + mlp(layer, x, config=config)
     return x, KeysValues(keys=tuple(keys), values=tuple(values))
 

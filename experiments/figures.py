@@ -1,0 +1,67 @@
+"""Figures of runs: each function draws on given axes and returns nothing; `save` writes the file."""
+
+import json
+import pathlib
+
+import matplotlib.axes
+import matplotlib.cm
+import matplotlib.colors
+import matplotlib.figure
+import numpy as np
+
+LOSS_COLOURS = {"observation": "tab:blue", "action": "tab:orange", "reward": "tab:green", "value": "tab:purple"}
+
+
+def save(figure: matplotlib.figure.Figure, path: str | pathlib.Path) -> None:
+    """Write the figure to `path`, whose ending gives the format; its folder is made."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def read_metrics(workdir: str | pathlib.Path, name: str) -> tuple[list[int], list[float]]:
+    """Read the steps and values of one metric from `workdir`/metrics.jsonl."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if name in row]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def draw_learning_curve(axes: matplotlib.axes.Axes, workdir: str | pathlib.Path) -> None:
+    """Draw the loss per kind of token over the steps: lines in training, dots on held-out episodes."""
+    for kind, colour in LOSS_COLOURS.items():
+        axes.plot(*read_metrics(workdir, f"train/loss_{kind}"), color=colour, label=kind)
+        axes.plot(*read_metrics(workdir, f"eval/loss_{kind}"), "o", color=colour, markersize=4)
+    axes.plot([], [], "o", color="0.4", markersize=4, label="held-out episodes")
+    axes.set(xlabel="training step", ylabel="cross-entropy per token (nats)", title="Learning curve")
+    axes.set_ylim(bottom=0.0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
+    """Draw the walls of a gymnasium-robotics maze (`env.unwrapped.maze`) in the coordinates of its observations."""
+    walls = np.array([[cell == 1 for cell in row] for row in maze.maze_map])
+    half_width, half_height = maze.x_map_center, maze.y_map_center
+    extent = (-half_width, half_width, -half_height, half_height)
+    axes.imshow(np.where(walls, 1.0, np.nan), extent=extent, cmap="Greys", vmin=0.0, vmax=1.6, interpolation="nearest")
+    axes.set(aspect="equal", xlabel="x", ylabel="y")
+
+
+def draw_trajectories(axes: matplotlib.axes.Axes, positions: np.ndarray, goals: np.ndarray) -> None:
+    """Draw paths [E, T, 2], each in its own colour, from a ring at the start to a star at the goal [E, 2]."""
+    for i, (path, goal) in enumerate(zip(positions, goals, strict=True)):
+        colour = f"C{i % 10}"
+        axes.plot(*path.T, color=colour, linewidth=1.5, alpha=0.85)
+        axes.plot(*path[0], "o", color=colour, markersize=8, markerfacecolor="white", markeredgewidth=2, zorder=3)
+        axes.plot(*goal, "*", color=colour, markersize=15, markeredgecolor="black", zorder=3)
+
+
+def draw_plans(axes: matplotlib.axes.Axes, plans: np.ndarray, *, limit: float) -> matplotlib.cm.ScalarMappable:
+    """Draw imagined paths [n, H, 2], coloured by when they were made, from 0 to `limit`; for a colour bar, return how.
+
+    Every imagined step is a dot.
+    """
+    mappable = matplotlib.cm.ScalarMappable(matplotlib.colors.Normalize(0, limit), "viridis")
+    for i, plan in enumerate(plans):
+        axes.plot(*plan.T, "-o", color=mappable.to_rgba(limit * i / len(plans)), linewidth=1.5, markersize=3)
+    return mappable

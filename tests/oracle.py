@@ -1,0 +1,171 @@
+"""Beam search with the Trajectory Transformer, written to be understood: nothing is cached.
+
+One pass of `transformer.apply` over the whole window gives one token, as in the PyTorch reference; the rest is numpy.
+It is the standard that `tt_jax.sequence_planner` must meet token for token, and what its speed is compared with.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tt_jax import planning, tokenization, transformer, types
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _logits_at(params, tokens, places, *, config):
+    """Return the logits [rows, V + 1] after the token at `places` [rows] of `tokens` [rows, T]."""
+    logits = transformer.apply(params, tokens, config=config)
+    return jnp.take_along_axis(logits, places[:, None, None], axis=1)[:, 0]
+
+
+def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
+    """Return plan_fn(params, rng_key [B], context, observation [B, N]), to be called without jit.
+
+    As `sequence_planner.make_plan_fn`, but without a `draw_fn` other random numbers are drawn. `draw_fn` and `score_fn`
+    get numpy arrays.
+    """
+    spec, plan = config.spec, plan_config
+    window_max, window_keep = plan.window
+    num_beams, num_expand = plan.beam_width, plan.num_expand
+    score_fn = score_fn or planning.score_by_value(plan.discount)
+
+    def next_logits(params, window, num_empty, partial):
+        """Predict what follows `window` [B, ..., S, D] and the begun transition `partial` [B, ..., d].
+
+        The first `num_empty` [B] of the S places are empty; real tokens stand at positions from 0 on.
+        """
+        window = np.broadcast_to(window, (*partial.shape[:-1], *window.shape[-2:]))
+        sequence = np.concatenate([window.reshape(*partial.shape[:-1], -1), partial], axis=-1)
+        padded = np.zeros((*partial.shape[:-1], window_max * spec.transition_dim - 1), np.int32)
+        places = np.zeros(partial.shape[:-1], np.int32)
+        for env, empty in enumerate(num_empty):
+            real = sequence[env][..., empty * spec.transition_dim :]
+            padded[env][..., : real.shape[-1]] = real
+            places[env] = real.shape[-1] - 1
+        logits = _logits_at(params.transformer, padded.reshape(-1, padded.shape[-1]), places.reshape(-1), config=config)
+        return np.asarray(logits).reshape(*partial.shape[:-1], -1)
+
+    def draw(rng_key, logits, call_index, cdf, top_k):
+        logits = logits / np.float32(plan.temperature)
+        if cdf:
+            logits = _filter_cdf(logits, cdf)
+        if top_k:
+            kth = np.sort(logits, axis=-1)[..., -top_k, None]
+            logits = np.where(logits < kth, -np.inf, logits)
+        if draw_fn is not None:
+            return np.asarray(draw_fn(rng_key, logits, call_index))
+        if top_k == 1:
+            return np.argmax(logits, axis=-1)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(rng_key, call_index)
+        uniform = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys))
+        mass = np.cumsum(_softmax(logits), axis=-1)
+        return np.sum(mass <= uniform[..., None] * mass[..., -1:], axis=-1)
+
+    def estimate(discretizer, logits, dim):
+        probs = _softmax(logits / np.float32(plan.temperature))[..., :-1]
+        if plan.percentile < 0:
+            return tokenization.expectation(discretizer, probs, dim=dim)
+        return tokenization.percentile(discretizer, probs, plan.percentile, dim=dim)
+
+    def first_window(context):
+        """Return the context as [B, W, S, D], empty places first, and the number of these [B]."""
+        tokens, length = np.asarray(context.tokens), np.asarray(context.length)
+        num_slots = tokens.shape[1]
+        window = np.stack([np.roll(rows, num_slots - n, axis=0) for rows, n in zip(tokens, length, strict=True)])
+        return slide(np.repeat(window[:, None], num_beams, axis=1), num_slots - length)
+
+    def slide(window, num_empty):
+        """Drop the oldest places, empty ones first, if the window has become full."""
+        num_slots = window.shape[2]
+        if num_slots < window_max:
+            return window, num_empty
+        return window[:, :, num_slots - window_keep :], np.maximum(num_empty - (num_slots - window_keep), 0)
+
+    def plan_fn(params, rng_key, context, observation):
+        discretizer = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params.discretizer)
+        observation_dims = slice(spec.observation_dim)
+        action_dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
+        env = np.arange(len(observation))[:, None]
+        window, num_empty = first_window(context)
+        first = tokenization.encode(discretizer, np.asarray(observation, np.float32), dims=observation_dims)
+        begun = np.repeat(first[:, None], num_beams, axis=1)  # [B, W, N]
+        returns = np.zeros(begun.shape[:2], np.float32)
+        ended = np.zeros(begun.shape[:2], bool)
+        plans = np.zeros((*begun.shape[:2], 0, spec.transition_dim), np.int32)
+
+        for step in range(plan.horizon):
+            call_index = step * spec.transition_dim
+            candidates = np.repeat(begun[:, :, None], num_expand, axis=2)  # [B, W, K, N], to become [B, W, K, D]
+            log_prob = 0.0
+            for index in range(spec.action_dim + 2):
+                logits = next_logits(params, window[:, :, None], num_empty, candidates)
+                is_action = index < spec.action_dim
+                cdf = plan.action_cdf if is_action else plan.reward_cdf
+                top_k = plan.action_top_k if is_action else plan.reward_top_k
+                token = draw(rng_key, logits, call_index + index, cdf, top_k)[..., None]
+                candidates = np.concatenate([candidates, token], axis=-1)
+                if is_action:
+                    probs = _softmax(logits / np.float32(plan.temperature))
+                    log_prob = log_prob + np.log(np.take_along_axis(probs, token, axis=-1)[..., 0])
+                elif index == spec.action_dim:
+                    reward = estimate(discretizer, logits, -2)
+                else:
+                    value = estimate(discretizer, logits, -1)
+
+            is_stop = (candidates == spec.stop_token) & plan.stop_ends_episode
+            over_before = ended[..., None] | is_stop[..., :-1].any(-1)  # before this step's reward
+            over = over_before | is_stop[..., -1]
+            proposal = types.Proposal(
+                observation=tokenization.decode(discretizer, begun, dims=observation_dims),
+                action=tokenization.decode(discretizer, candidates[..., action_dims], dims=action_dims),
+                reward=np.where(over_before, 0.0, reward),
+                value=np.where(over, 0.0, value),
+                log_prob=log_prob,
+                terminal=over,
+                tokens=candidates,
+            )
+            scores = np.array(score_fn(params, returns, proposal, step))
+            scores[np.isneginf(returns)] = -np.inf
+            scores[ended] = -np.inf  # an ended beam goes on as one candidate
+            scores[..., 0][ended] = returns[ended]
+            returns = returns[..., None] + np.where(over_before, 0.0, plan.discount**step * reward)
+
+            scores = scores.reshape(len(env), -1)
+            best = np.argsort(-scores, axis=1, kind="stable")[:, :num_beams]
+            beam, expansion = best // num_expand, best % num_expand
+            scores = np.take_along_axis(scores, best, axis=1)
+            returns = np.where(np.isneginf(scores), -np.inf, returns[env, beam, expansion]).astype(np.float32)
+            ended = (ended[..., None] | over)[env, beam, expansion]
+            picked = candidates[env, beam, expansion][:, :, None]
+            plans = np.concatenate([plans[env, beam], picked], axis=2)
+            window, num_empty = slide(np.concatenate([window[env, beam], picked], axis=2), num_empty)
+
+            if step + 1 < plan.horizon:
+                begun = np.zeros((*begun.shape[:2], 0), np.int32)
+                for index in range(spec.observation_dim):
+                    logits = next_logits(params, window, num_empty, begun)
+                    call = call_index + spec.action_dim + 2 + index
+                    token = draw(rng_key, logits, call, plan.observation_cdf, plan.observation_top_k)
+                    begun = np.concatenate([begun, token[..., None]], axis=-1)
+                ended = ended | ((begun == spec.stop_token).any(-1) & plan.stop_ends_episode)
+
+        actions = tokenization.decode(discretizer, plans[:, 0][..., action_dims], dims=action_dims)
+        return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=plans[:, 0], scores=scores)
+
+    return plan_fn
+
+
+def _softmax(logits):
+    unnormalised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+
+
+def _filter_cdf(logits, threshold):
+    """Floor the least likely tokens while their joint mass is below `threshold`, ties with the last of them too."""
+    probs = _softmax(logits)
+    ascending = np.sort(probs, axis=-1)
+    num_below = np.sum(np.cumsum(ascending, axis=-1) < threshold, axis=-1, keepdims=True)
+    cut = np.take_along_axis(ascending, np.maximum(num_below - 1, 0), axis=-1)
+    return np.where((probs > cut) | (probs == ascending[..., -1:]), logits, np.float32(-1000.0))
