@@ -37,6 +37,7 @@ setuptools.setup(
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "download": ["minari[hf]>=0.5.3,<0.6"],
         "envs": ENVS,
         "plots": PLOTS,
         "logging": LOGGING,

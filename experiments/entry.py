@@ -23,7 +23,6 @@ import sys
 from logging import StreamHandler
 
 import jax
-import ml_collections
 import numpy as np
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
@@ -151,7 +150,7 @@ def commit_id() -> str:
 # Configurations
 
 
-def resolve_config(config, *, dataset, workdir) -> ml_collections.ConfigDict:
+def resolve_config(config, *, dataset, workdir):
     """Set the dataset, compare with the run that `workdir` holds, and write `workdir`/config.json.
 
     Raises UsageError if a flag is missing, or if the workdir has checkpoints made with another dataset, data or model;
@@ -175,13 +174,17 @@ def resolve_config(config, *, dataset, workdir) -> ml_collections.ConfigDict:
             _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"--workdir={workdir} cannot be written: {error}.") from error
+    import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
+
     return ml_collections.FrozenConfigDict(config)
 
 
-def read_config(workdir) -> ml_collections.ConfigDict:
+def read_config(workdir):
     """Return the configuration that the run in `workdir` was started with."""
     path = pathlib.Path(workdir) / "config.json"
     try:
+        import ml_collections
+
         return ml_collections.ConfigDict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UsageError(f"there is no run in {workdir}: {path} is missing.") from error

@@ -9,6 +9,8 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 
+START = {"marker": "o", "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 2, "linestyle": "", "zorder": 3}
+GOAL = {"marker": "*", "markersize": 15, "markeredgecolor": "black", "linestyle": "", "zorder": 3}
 LOSS_COLOURS = {"observation": "tab:blue", "action": "tab:orange", "reward": "tab:green", "value": "tab:purple"}
 
 
@@ -47,13 +49,23 @@ def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
     axes.set(aspect="equal", xlabel="x", ylabel="y")
 
 
-def draw_trajectories(axes: matplotlib.axes.Axes, positions: np.ndarray, goals: np.ndarray) -> None:
-    """Draw paths [E, T, 2], each in its own colour, from a ring at the start to a star at the goal [E, 2]."""
-    for i, (path, goal) in enumerate(zip(positions, goals, strict=True)):
-        colour = f"C{i % 10}"
+def draw_trajectories(axes: matplotlib.axes.Axes, positions: np.ndarray, goals: np.ndarray, *, colours=None) -> None:
+    """Draw paths [E, T, 2], each in a colour of its own, from a ring at the start to a star at the goal [E, 2]."""
+    colours = colours or [f"C{i % 10}" for i in range(len(positions))]
+    for path, goal, colour in zip(positions, goals, colours, strict=True):
         axes.plot(*path.T, color=colour, linewidth=1.5, alpha=0.85)
-        axes.plot(*path[0], "o", color=colour, markersize=8, markerfacecolor="white", markeredgewidth=2, zorder=3)
-        axes.plot(*goal, "*", color=colour, markersize=15, markeredgecolor="black", zorder=3)
+        axes.plot(*path[0], color=colour, **START)
+        axes.plot(*goal, color=colour, **GOAL)
+
+
+def add_maze_legend(axes: matplotlib.axes.Axes) -> None:
+    """Explain the markers of `draw_trajectories` inside the wall at the lower edge."""
+    handles = [
+        axes.plot([], [], color="0.4", label="start", **START)[0],
+        axes.plot([], [], color="0.4", label="goal", **GOAL)[0],
+        axes.plot([], [], color="0.4", label="path")[0],
+    ]
+    axes.legend(handles=handles, loc="lower center", ncols=3, framealpha=1.0)
 
 
 def draw_plans(axes: matplotlib.axes.Axes, plans: np.ndarray, *, limit: float) -> matplotlib.cm.ScalarMappable:

@@ -28,22 +28,38 @@ NUM_EPISODES = flags.DEFINE_integer("num_episodes", 20, "Episodes to play.", 1)
 NUM_ENVS = flags.DEFINE_integer(
     "num_envs", 10, "Environments that are planned together; each episode has its own seed.", 1
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the planner and of the first episode; each further one adds 1.", 0)
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the planner and of the first episode; each further one adds 1.", 0, 2**31
+)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
 ENV = flags.DEFINE_string("env", None, "Environment id, in place of the dataset's environment.")
-GOAL = flags.DEFINE_list("goal", None, "x,y where the goal of a gymnasium-robotics maze stands in every episode.")
 
 
-class _TupleParser(flags.ArgumentParser):
+class _PairParser(flags.ArgumentParser):
     """Reads 5,4 or (5, 4)."""
 
-    def parse(self, text):
-        return tuple(int(number) for number in text.strip("()").split(","))
+    def __init__(self, number_type):
+        self._number_type = number_type
 
+    def parse(self, argument):
+        numbers = argument.strip("()").split(",")
+        if len(numbers) != 2:
+            raise ValueError("two numbers are needed, such as 5,4")
+        return tuple(self._number_type(number) for number in numbers)
+
+
+GOAL = flags.DEFINE(
+    _PairParser(float), "goal", None, "x,y where the goal of a gymnasium-robotics maze stands in every episode."
+)
 
 # One flag per planning setting, by the type of its default. (A config flag would fail on a misspelt one at import.)
-_PARSERS = {int: flags.IntegerParser(), float: flags.FloatParser(), bool: flags.BooleanParser(), tuple: _TupleParser()}
+_PARSERS = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    bool: flags.BooleanParser(),
+    tuple: _PairParser(int),
+}
 PLAN = {
     field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
     for field in dataclasses.fields(sequence_planner.PlanConfig)
@@ -70,8 +86,7 @@ def main(_):
     make_env = functools.partial(_make_env, run)
     envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
     rollouts.check_spaces(envs, model.spec, config=data_config)
-    out = pathlib.Path(OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
@@ -118,12 +133,24 @@ def main(_):
     _print_table(results)
 
 
+def _result_file() -> pathlib.Path:
+    """Make the folder of --out; a place where no file can be written is reported before the work."""
+    out = pathlib.Path(OUT.value)
+    if out.is_dir():
+        raise ValueError(f"--out={OUT.value} must name a file, not a folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={OUT.value} cannot be written: {error}.") from error
+    return out
+
+
 def _make_env(run, **kwargs) -> gymnasium.Env:
     spec = ENV.value or run.get("env_spec")
     if not spec:
         raise ValueError("the dataset of this checkpoint names no environment; pass --env=ID.")
     env = recording.make_env(ENV.value or gymnasium.envs.registration.EnvSpec.from_json(spec), **kwargs)
-    return rollouts.FixedGoal(env, [float(x) for x in GOAL.value]) if GOAL.value else env
+    return rollouts.FixedGoal(env, GOAL.value) if GOAL.value else env
 
 
 def _play(envs, policy, data_config) -> tuple[list[rollouts.Episode], int]:

@@ -7,19 +7,20 @@ where the results are. The dataset is stored there, too, not among the user's ow
 """
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
 import time
 
+import gymnasium
 import jax
 import numpy as np
 import tqdm
 from absl import flags, logging
 from matplotlib.figure import Figure
+from minari.data_collector import EpisodeBuffer
 
-from experiments import datasets, entry, figures, recording, train_tt, waypoint_controller
+from experiments import action_repeat, datasets, entry, figures, recording, train_tt, waypoint_controller
 from tt_jax import checkpoints, rollouts, sequence_planner, tokenization
 
 # The flags of training serve here, too, with other defaults.
@@ -27,13 +28,18 @@ CONFIG, DATASET, WORKDIR = train_tt.CONFIG, train_tt.DATASET, train_tt.WORKDIR
 flags.set_default(CONFIG, str(pathlib.Path(__file__).parent / "configs" / "quickstart.py"))
 flags.set_default(WORKDIR, "runs/quickstart")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of everything: data, training, planning, and the episodes played.", 0)
-STEPS = flags.DEFINE_integer("steps", 50_000, "Transitions to collect.", 1)
+DATA_EPISODES = flags.DEFINE_integer("data_episodes", 800, "Episodes to collect.", 2)
 NUM_EPISODES = flags.DEFINE_integer("num_episodes", 24, "Episodes that each policy plays.", 2)
 
+EPISODE_STEPS = 300
+ACTION_REPEAT = 5  # environment steps of 10 ms that every action is held
+NOISE_HOLD = waypoint_controller.NOISE_HOLD // ACTION_REPEAT  # actions that share their noise
+NUM_ENVS = 64  # at most, in step
+FIRST_DATA_SEED = 10_000  # no episode of the data is played again for the table
 MAX_NOISE = 2.0  # largest standard deviation of the behaviour policy's action noise
+SHOWN_EPISODES = 6
+PLAN_STRIDE = 4
 POLICIES = ("random", "behaviour", "behaviour without noise", "beam search")
-
-make_env = functools.partial(recording.make_env, "PointMaze_UMaze-v3", reward_type="dense")
 
 
 def main(_):
@@ -69,7 +75,7 @@ def main(_):
 
 
 def _settings() -> dict:
-    numbers = {flag.name: flag.value for flag in (SEED, STEPS, NUM_EPISODES)}
+    numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
     return json.loads(json.dumps(numbers | {"config": CONFIG.value.to_dict()}))
 
 
@@ -109,21 +115,43 @@ def _write_json(path, value):
 # 1. Data
 
 
+def make_env() -> gymnasium.Env:
+    """Make the maze. At its own 100 actions a second a plan of some steps would lead nowhere."""
+    env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense")
+    return action_repeat.ActionRepeat(env, ACTION_REPEAT)
+
+
 def _collect(dataset_id, preemption) -> dict:
     """Record the dataset and describe it; what an interruption left of it is replaced."""
     env = make_env()
-    episodes = []
-    with tqdm.tqdm(total=STEPS.value, unit="step", desc="collect") as progress:
-        for episode in waypoint_controller.episodes(env, max_noise=MAX_NOISE, seed=SEED.value):
-            episodes.append(episode)
-            progress.update(len(episode))
-            if preemption.requested():
-                raise entry.Interrupted("stopped before the data was complete; the same command starts again.")
-            if progress.n >= STEPS.value:
-                break
-    recording.write(dataset_id, episodes, env=env, description="Waypoint controller with noise, see the quickstart.")
-    returns = [float(np.sum(episode.rewards)) for episode in episodes]
-    return {"transitions": progress.n, "episodes": len(episodes), "return": _mean_and_error(returns)}
+    episodes = _play(
+        _waypoint_policy(MAX_NOISE), _seeds(FIRST_DATA_SEED, DATA_EPISODES.value), preemption, title="collect"
+    )
+    buffers = []
+    for episode in episodes:
+        observations = np.array(episode.observations, np.float64)
+        buffers.append(
+            EpisodeBuffer(
+                seed=episode.seed,
+                observations={
+                    "observation": observations[:, :4],
+                    "achieved_goal": observations[:, :2],
+                    "desired_goal": observations[:, 4:],
+                },
+                actions=np.array(episode.actions),
+                rewards=np.array(episode.rewards),
+                terminations=np.zeros(episode.length, bool),
+                truncations=np.arange(1, episode.length + 1) == episode.length,
+                infos={},
+            )
+        )
+    recording.write(dataset_id, buffers, env=env, description="Waypoint controller with noise, see the quickstart.")
+    returns = [episode.total_reward for episode in episodes]
+    return {
+        "episodes": len(episodes),
+        "transitions": sum(episode.length for episode in episodes),
+        "return": _mean_and_error(returns),
+    }
 
 
 # 3. Control
@@ -132,77 +160,94 @@ def _collect(dataset_id, preemption) -> dict:
 def _control(workdir, name, preemption) -> dict[str, np.ndarray]:
     """Play the episodes with one policy, or read what was played before."""
     path = workdir / "control" / f"{name.replace(' ', '_')}.npz"
-    if not path.exists():
+    if path.exists():
+        logging.info("%s: already done", name)
+    else:
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name("tmp.npz")
-        np.savez(temporary, **_play(workdir, name, preemption))
+        plans = []
+        make_policy = {
+            "random": lambda: _act_randomly,
+            "behaviour": lambda: _waypoint_policy(MAX_NOISE),
+            "behaviour without noise": lambda: _waypoint_policy(0.0),
+            "beam search": lambda: _plan_policy(workdir, plans),
+        }
+        policy, clock = _timed(make_policy[name]())
+        episodes = _play(policy, _seeds(0, NUM_EPISODES.value), preemption, title=name)
+        temporary = path.with_name("unfinished.npz")
+        np.savez(temporary, seconds_per_action=clock["seconds"] / clock["actions"], **_record(episodes, plans))
         temporary.replace(path)
     with np.load(path) as file:
         return dict(file)
 
 
-def _play(workdir, name, preemption) -> dict[str, np.ndarray]:
-    envs = rollouts.vectorize(make_env, NUM_EPISODES.value)
-    maze = envs.envs[0].unwrapped.maze
-    plans = []
-    policy = {
-        "random": lambda: _each(_act_randomly),
-        "behaviour": lambda: _each(functools.partial(_act_by_waypoints, maze=maze, max_noise=MAX_NOISE)),
-        "behaviour without noise": lambda: _each(functools.partial(_act_by_waypoints, maze=maze, max_noise=0.0)),
-        "beam search": lambda: _plan_policy(workdir, plans),
-    }[name]()
-    seconds = 0.0
-    with tqdm.tqdm(total=envs.envs[0].spec.max_episode_steps, unit="step", desc=name) as progress:
+def _seeds(first, num_episodes) -> list[int]:
+    return [1_000_000 * SEED.value + first + i for i in range(num_episodes)]
 
-        def timed_policy(episodes):
-            nonlocal seconds
+
+def _play(policy, seeds, preemption, *, title) -> list[rollouts.Episode]:
+    """Play one episode per seed behind a progress bar."""
+    with tqdm.tqdm(total=len(seeds) * EPISODE_STEPS, unit="step", desc=title) as progress:
+
+        def watched_policy(episodes):
             if preemption.requested():
-                raise entry.Interrupted("stopped in control; the same command plays these episodes again.")
-            progress.update(episodes[0].length - progress.n)
-            started = time.time()
+                raise entry.Interrupted(f"stopped in {title!r}, which the same command does again.")
             actions = policy(episodes)
-            seconds += time.time() - started
+            progress.update(actions.shape[0] * actions.shape[1] * ACTION_REPEAT)
             return actions
 
-        seeds = [NUM_EPISODES.value * SEED.value + i for i in range(NUM_EPISODES.value)]
-        episodes = rollouts.run(envs, timed_policy, seeds=seeds, config=datasets.data_config(CONFIG.value.data))
-        progress.update(episodes[0].length - progress.n)
-    observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]; all are equally long
+        envs = rollouts.vectorize(make_env, min(len(seeds), NUM_ENVS))
+        return rollouts.run(envs, watched_policy, seeds=seeds, config=datasets.data_config(CONFIG.value.data))
+
+
+def _timed(policy) -> tuple[rollouts.Policy, dict[str, float]]:
+    """Let a policy count its seconds and its actions."""
+    clock = {"seconds": 0.0, "actions": 0}
+
+    def timed_policy(episodes):
+        started = time.time()
+        actions = policy(episodes)
+        clock["seconds"] += time.time() - started
+        clock["actions"] += actions.shape[0] * actions.shape[1]
+        return actions
+
+    return timed_policy, clock
+
+
+def _record(episodes, plans) -> dict[str, np.ndarray]:
+    observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]: all are equally long
     return {
         "returns": np.array([episode.total_reward for episode in episodes]),
         "successes": np.array([episode.success for episode in episodes]),
-        "seconds_per_action": np.float64(seconds / sum(episode.length for episode in episodes)),
         "positions": observations[..., :2],
         "goals": observations[:, 0, 4:6],
-        "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans per episode, H, 2] positions
+        "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
     }
 
 
-def _each(act) -> rollouts.Policy:
-    """Make a policy of a function that acts for one episode."""
+def _act_randomly(episodes):
+    draws = [np.random.default_rng((episode.seed, episode.length)) for episode in episodes]
+    return np.stack([rng.uniform(-1.0, 1.0, (1, 2)) for rng in draws])
+
+
+def _waypoint_policy(max_noise) -> rollouts.Policy:
+    """Make the policy of the data: each episode has its own noise level in [0, max_noise], and noise is held."""
+    maze = make_env().unwrapped.maze
+
+    def act(episode):
+        rng = np.random.default_rng(episode.seed)
+        noise = rng.uniform(0.0, max_noise)
+        disturbance = noise * rng.standard_normal((1 + episode.length // NOISE_HOLD, 2))[-1]
+        point, goal = np.split(episode.observations[-1], [4])
+        action = waypoint_controller.act({"observation": point, "desired_goal": goal}, maze)
+        return np.clip(action + disturbance, -1.0, 1.0)
+
     return lambda episodes: np.stack([act(episode) for episode in episodes])[:, None]
 
 
-def _act_randomly(episode):
-    return np.random.default_rng((episode.seed, episode.length)).uniform(-1.0, 1.0, 2)
-
-
-def _act_by_waypoints(episode, *, maze, max_noise):
-    """Act as the policy that made the data: its noise level is drawn per episode, its noise is held."""
-    rng = np.random.default_rng(episode.seed)
-    noise = rng.uniform(0.0, max_noise)
-    disturbance = noise * rng.standard_normal((1 + episode.length // waypoint_controller.NOISE_HOLD, 2))[-1]
-    point, goal = np.split(episode.observations[-1], [4])
-    action = waypoint_controller.act({"observation": point, "desired_goal": goal}, maze)
-    return np.clip(action + disturbance, -1.0, 1.0)
-
-
 def _plan_policy(workdir, plans) -> rollouts.Policy:
-    """Make the policy that plans with the trained model, compile it, and append to `plans` the positions it imagines."""
+    """Make the policy that plans with the trained model, compiled; it appends the positions it imagines to `plans`."""
     checkpoint = checkpoints.restore(workdir)
-    config = entry.to_dataclass(
-        sequence_planner.PlanConfig, CONFIG.value.plan, discount=CONFIG.value.data.discount
-    )
+    config = entry.to_dataclass(sequence_planner.PlanConfig, CONFIG.value.plan, discount=CONFIG.value.data.discount)
     plan_fn = jax.jit(sequence_planner.make_plan_fn(config=checkpoint.config, plan_config=config))
 
     def noted_plan_fn(*arguments):
@@ -237,18 +282,21 @@ def _draw(workdir, played):
     figures.draw_learning_curve(figure.subplots(), workdir)
     figures.save(figure, workdir / "figures" / "learning_curve.png")
 
-    maze = make_env().unwrapped.maze
-    record = played["beam search"]
-    positions, goals = record["positions"], record["goals"]
-    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    maze, record = make_env().unwrapped.maze, played["beam search"]
+    positions, goals, plans = record["positions"], record["goals"], record["plans"]
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         figures.draw_maze(axes, maze)
-    figures.draw_trajectories(left, positions[:6], goals[:6])
-    left.set_title("Beam search: executed trajectories of 6 episodes")
-    
-    far = int(np.argmax(np.linalg.norm(positions[:, 0] - goals, axis=-1)))
-    ...
+    figures.draw_trajectories(left, positions[:SHOWN_EPISODES], goals[:SHOWN_EPISODES])
+    left.set_title(f"Executed: {len(goals[:SHOWN_EPISODES])} episodes of beam search")
+    longest = int(np.argmax(np.ptp(positions, axis=1).sum(-1)))  # the one that covers most of the maze
+    figures.draw_trajectories(right, positions[[longest]], goals[[longest]], colours=["0.6"])
+    mappable = figures.draw_plans(right, plans[longest, ::PLAN_STRIDE], limit=positions.shape[1] - 1)
+    figure.colorbar(mappable, ax=right, label="environment step at which the plan was made", shrink=0.8)
+    right.set_title(f"Imagined: the best plan at every {PLAN_STRIDE}th re-planning of one episode")
+    figures.add_maze_legend(left)
+    figures.save(figure, workdir / "figures" / "maze.png")
 
 
 def _mean_and_error(values) -> dict[str, float]:

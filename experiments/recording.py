@@ -1,6 +1,7 @@
 """What collecting and importing share: checking a dataset id before the work, writing the dataset after it."""
 
 import contextlib
+import io
 import warnings
 from collections.abc import Iterable
 
@@ -23,7 +24,7 @@ def check_id(dataset_id: str, *, overwrite: bool) -> None:
 
 def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
     """Make an environment of gymnasium or, if installed, gymnasium-robotics; an unknown one is a ValueError."""
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints news of its hands
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)

@@ -27,7 +27,7 @@ def entry_point(tmp_path_factory, datasets):
                     [sys.executable, "-c", SERVER, f"experiments.{name}"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": str(ROOT)},
+                    env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
                     text=True,
                 ),
                 folder=tmp_path_factory.mktemp(name),

@@ -1,6 +1,6 @@
 """Entry points as users run them, each command in a process of its own, and the settings that their tests use.
 
-Importing an entry point takes seconds. So one process per module imports it and then forks for every command line,
+Importing an entry point takes seconds. So one process per entry point imports it and then forks for every command line,
 before jax has started a backend or a thread.
 """
 
@@ -26,7 +26,7 @@ MAZE = [
     "--config.train.batch_size=8",
     "--config.train.steps_per_call=20",
     "--config.train.log_every=7",
-    "--config.train.eval_every=70",
+    "--config.train.eval_every=14",
     "--config.train.checkpoint_every=40",
     "--config.plan.window=(3, 2)",
 ]
@@ -81,10 +81,10 @@ class EntryPoint:
     folder: pathlib.Path  # working directory of the commands
     environment: dict[str, str]
 
-    def start(self, *arguments, devices=1, **environment) -> int:
+    def start(self, *arguments, devices=1) -> int:
         """Start a command on `devices` CPU devices and return its process id."""
         flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
-        environment = self.environment | {"XLA_FLAGS": flags} | environment
+        environment = self.environment | {"XLA_FLAGS": flags}
         request = {"folder": str(self.folder), "environment": environment, "arguments": arguments}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()

@@ -321,7 +321,7 @@ def test_q_of_a_chain_is_that_of_dynamic_programming_and_near_the_optimum():
     )
     batch, state = chain(), iql.init(jax.random.key(0), config=config)
     train = jax.jit(lambda s: jax.lax.scan(lambda s, _: iql.update(s, batch, config=config), s, length=6000))
-    state, metrics = train(state)
+    state, _ = train(state)
     q = iql.q_values(state.params, batch.observations, batch.actions).reshape(2, 5, 2)
     expected = chain_q(expectile=0.99, discount=0.8)
     np.testing.assert_allclose(q, np.stack([expected, expected]), atol=0.01)

@@ -5,11 +5,13 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
-from entry_points import BOX, MAZE, ROOT, read_metrics
+from entry_points import BOX, FAST_COMPILATION, MAZE, ROOT, read_metrics
 
 from tt_jax import checkpoints, tokenization, transformer, types
 
@@ -29,16 +31,22 @@ def assert_same_training(one, other):
     assert first == second
 
 
-def assert_same_losses(one, other, *, rtol=1e-5):
-    """Check two runs' metrics over the steps that both of them logged."""
+def assert_same_losses(one, other, *, at_least=10, interrupted_at=()):
+    """Check two runs' metrics over the steps that both of them logged.
+
+    The first line after an interruption is the mean over the steps since then, and left out.
+    """
     one, other = ({m["step"]: m for m in read_metrics(workdir)} for workdir in (one, other))
+    for step in interrupted_at:
+        one.pop(min(logged for logged in one if logged > step))
     steps = sorted(one.keys() & other.keys())
-    assert len(steps) >= 10
-    for prefix in ("train", "eval"):
-        for name in (f"{prefix}/{loss}" for loss in LOSSES):
-            pairs = [(one[step][name], other[step][name]) for step in steps if {name} <= one[step].keys()]
-            assert pairs
-            np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=rtol, err_msg=name)
+    assert len(steps) >= at_least
+    for name in [f"{part}/{loss}" for part in ("train", "eval") for loss in LOSSES]:
+        pairs = [
+            (one[step][name], other[step][name]) for step in steps if {name} <= one[step].keys() & other[step].keys()
+        ]
+        assert pairs
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5, err_msg=name)
 
 
 def test_a_run_leaves_configuration_metrics_and_checkpoints(trained):
@@ -50,7 +58,7 @@ def test_a_run_leaves_configuration_metrics_and_checkpoints(trained):
 
     metrics = read_metrics(trained)
     assert [line["step"] for line in metrics] == list(range(7, 421, 7))
-    assert [line["step"] for line in metrics if "eval/loss" in line] == list(range(70, 421, 70))
+    assert [line["step"] for line in metrics if "eval/loss" in line] == list(range(14, 421, 14))
     names = {f"train/{name}" for name in LOSSES | {"grad_norm", "learning_rate"}}
     names |= {"step", "time/steps_per_second", "time/tokens_per_second"}
     assert all(set(line) - {f"eval/{name}" for name in LOSSES} == names for line in metrics)
@@ -150,28 +158,29 @@ def test_a_run_can_go_on_with_another_number_of_devices(train, trained, tmp_path
 def test_two_processes_give_the_losses_of_one_and_stop_together(trained, datasets, tmp_path):
     workdir = tmp_path / "run"
     command = [f"{ROOT}/launch/multi_process.sh", "experiments.train_tt", *MAZE, f"--workdir={workdir}"]
+    command += ["--config.train.num_steps=28"]  # waiting for each other takes much longer than the arithmetic
     environment = os.environ | {
-        "PYTHON": os.sys.executable,
+        "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
         "MINARI_DATASETS_PATH": str(datasets),
         "NUM_PROCESSES": "2",
         "NUM_DEVICES": "2",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": FAST_COMPILATION,
     }
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True) as process:
-        while not any(line["step"] > 70 for line in read_metrics(workdir)):
+        while not read_metrics(workdir):
             assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
-        output, errors = process.communicate(timeout=200)
+        output, errors = process.communicate(timeout=300)
+    step = checkpoints.latest_step(workdir)
     assert process.returncode == 75, errors
+    assert 7 <= step < 28
     assert "4 x cpu (cpu), 2 processes" in output
-    assert f"stopped at step {checkpoints.latest_step(workdir)}" in errors
-    assert_same_losses(workdir, trained)
-    # Either way goes on from there: the processes together, and one alone.
-    command += ["--config.train.num_steps=210"]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=200)
-    assert checkpoints.latest_step(workdir) == 210
-    assert_same_losses(workdir, trained, rtol=1e-4)
+    assert errors.count(f"stopped at step {step}, saved in {workdir}") == 2
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    assert checkpoints.latest_step(workdir) == 28
+    assert_same_losses(workdir, trained, at_least=3, interrupted_at=[step])
 
 
 # Data of all kinds

@@ -47,8 +47,16 @@ class PlanConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.replan_every > self.horizon:
             raise ValueError(f"replan_every={self.replan_every} must not exceed horizon={self.horizon}.")
+        for name in ("context_transitions", "action_top_k", "observation_top_k", "reward_top_k"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name in ("discount", "action_cdf", "observation_cdf", "reward_cdf"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
+        if self.percentile != -1 and not 0 <= self.percentile < 1:
+            raise ValueError(f"percentile={self.percentile} must be in [0, 1), or -1 for the mean.")
 
 
 @chex.dataclass(frozen=True)
@@ -99,6 +107,9 @@ def make_plan_fn(
             f"window={plan_config.window} exceeds the model's max_transitions={config.max_transitions}; "
             f"use at most ({config.max_transitions}, {config.max_transitions - 1})."
         )
+    top_k = max(plan_config.action_top_k, plan_config.observation_top_k, plan_config.reward_top_k)
+    if top_k > config.spec.num_bins + 1:
+        raise ValueError(f"a top_k of {top_k} exceeds the {config.spec.num_bins + 1} tokens of a dimension.")
     if config.goal_conditioned:
         raise ValueError("a goal-conditioned model has no rewards to plan by; plan with one trained without goals.")
     model = _Model(config, plan_config, draw_fn)

@@ -8,6 +8,33 @@ import numpy as np
 from tt_jax import transformer, types
 
 
+def read_sizes(state_dict: Mapping[str, Any]) -> dict[str, int]:
+    """Read the sizes of the reference's GPT off the shapes of its state_dict.
+
+    Returns num_layers, embed_dim, num_bins, transition_dim and max_transitions; the number of heads leaves no trace in
+    the shapes. Raises ValueError if the names or shapes are not those of that model.
+    """
+    try:
+        transition_dim, num_outputs, embed_dim = np.shape(state_dict["head.weight"])
+        _, block_size, _ = np.shape(state_dict["pos_emb"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"this is not a state_dict of the reference's GPT; look at {error}.") from error
+    if "goal_emb.weight" in state_dict:
+        raise ValueError("this is a ConditionalGPT, made for goals; only from_state_dict can read it.")
+    if (block_size + 1) % transition_dim:
+        raise ValueError(
+            f"'pos_emb' has {block_size} positions, one less than a multiple of {transition_dim} expected."
+        )
+    layers = {name.split(".")[1] for name in state_dict if name.startswith("blocks.")}
+    return {
+        "num_layers": len(layers),
+        "embed_dim": embed_dim,
+        "num_bins": num_outputs - 1,
+        "transition_dim": transition_dim,
+        "max_transitions": (block_size + 1) // transition_dim,
+    }
+
+
 def from_state_dict(state_dict: Mapping[str, Any], *, config: transformer.TransformerConfig) -> types.Params:
     """Turn a state_dict of the reference's GPT (or ConditionalGPT) into parameters for `config`.
 

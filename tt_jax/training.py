@@ -20,6 +20,7 @@ from flax import jax_utils
 from tt_jax import trajectories, transformer, types
 
 AXIS = "devices"
+METRICS = ("loss", "loss_observation", "loss_action", "loss_reward", "loss_value", "grad_norm", "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,16 @@ class TrainConfig:
     eval_every: int = 1000
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
+
+    def __post_init__(self):
+        counts = ("num_steps", "batch_size", "steps_per_call", "log_every", "eval_every", "checkpoint_every")
+        for name in (*counts, "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.learning_rate <= 0 or self.grad_clip <= 0:
+            raise ValueError(
+                f"train.learning_rate={self.learning_rate} and train.grad_clip={self.grad_clip} must be positive."
+            )
 
 
 @chex.dataclass(frozen=True)
@@ -114,7 +125,8 @@ def update(
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Do one AdamW step on `batch`, the device's equal share of the global batch if `axis_name` is given.
 
-    The metrics are means over the global batch before the step, the gradient's norm before clipping, and the rate.
+    The metrics, `METRICS`, are means over the global batch before the step, the gradient's norm before clipping, and
+    the rate.
     """
     add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
     num_positions = add_up(jnp.float32(batch.targets.size))
@@ -213,8 +225,7 @@ def make_train_fn(
             state, metrics = one_step(state)
             return state, jax.tree.map(lambda note, metric: note.at[index].set(metric), notes, metrics)
 
-        names = jax.eval_shape(one_step, state)[1]
-        notes = {name: jnp.zeros([config.steps_per_call]) for name in names}
+        notes = {name: jnp.zeros([config.steps_per_call]) for name in METRICS}
         return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
 
     return data_parallel(train, donate_argnums=0)

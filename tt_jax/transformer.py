@@ -43,6 +43,12 @@ class TransformerConfig:
     reference_goal_mask: bool = False  # hide the columns that the reference hides, which misses the value tokens
 
     def __post_init__(self):
+        for name in ("num_layers", "num_heads", "embed_dim", "max_transitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1).")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}.")
         if self.dtype not in ("float32", "bfloat16"):

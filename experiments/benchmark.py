@@ -1,0 +1,240 @@
+"""Measure planning, training and IQL on this machine, with random weights of the paper's sizes.
+
+python -m experiments.benchmark                                             # everything, several minutes
+python -m experiments.benchmark --only=plan --setting=hopper --json=FILE    # one row: at once with the plain search
+
+On CPU everything is pinned to one core, since idle threads spin and would count. The ceilings in the first row, a large
+matrix product and a large copy, are taken in the same run; operations are counted by formula (see performance.md).
+"""
+
+import functools
+import json
+import os
+import pathlib
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+
+from experiments import entry
+from tests import oracle
+from tt_jax import iql, sequence_planner, tokenization, training, trajectories, transformer, types
+
+ONLY = flags.DEFINE_enum("only", None, ["plan", "train", "iql"], "Measure this alone.")
+SETTING = flags.DEFINE_enum("setting", None, ["hopper", "halfcheetah", "ant"], "Measure this setting alone.")
+JSON = flags.DEFINE_string("json", None, "File for the rows.")
+NUM_ENVS = flags.DEFINE_multi_integer("num_envs", [1], "Environments that are planned at once; may be repeated.")
+WINDOW = flags.DEFINE_list("window", ["5", "4"], "max,keep transitions of the planner's window.")
+BATCH_SIZE = flags.DEFINE_multi_integer("batch_size", [64], "Windows per train step; may be repeated.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the transformer's products.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per row.", 1)
+ORACLE = flags.DEFINE_bool("oracle", True, "Also time the plain uncached search.")
+
+ALL_CORES = os.sched_getaffinity(0)
+SETTINGS = {  # observation and action sizes, and the paper's planning settings
+    "hopper": (11, 3, {"beam_width": 128, "horizon": 15}),
+    "halfcheetah": (17, 6, {"beam_width": 32, "horizon": 5}),
+    "ant": (27, 8, {"beam_width": 128, "horizon": 5}),
+}
+
+
+def main(_):
+    if jax.default_backend() != "cpu":
+        _pin(ALL_CORES)
+    rows = [ceilings()]
+    for name in [SETTING.value] if SETTING.value else SETTINGS:
+        if ONLY.value in (None, "plan"):
+            rows += [plan_row(name, num_envs, peak=rows[0]["flops_per_second"]) for num_envs in NUM_ENVS.value]
+        if ONLY.value in (None, "train"):
+            rows += [train_row(name, size, peak=rows[0]["flops_per_second"]) for size in BATCH_SIZE.value]
+    if ONLY.value in (None, "iql"):
+        rows += [iql_row(num_seeds) for num_seeds in (1, 8)]
+    if JSON.value:
+        pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def ceilings():
+    """Time a product of two large matrices and a copy of a large array."""
+    matrix, array = jnp.ones([2048, 2048]), jnp.ones([2**26])
+    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    row = {"name": f"ceilings of {jax.devices()[0].device_kind}"} | _timed(product, matrix, matrix)
+    row["flops_per_second"] = 2 * 2048**3 / row["cpu_seconds" if _on_cpu() else "wall_seconds"]
+    copy = _timed(jax.jit(lambda x: x + 1), array)
+    row["bytes_per_second"] = 2 * array.nbytes / copy["cpu_seconds" if _on_cpu() else "wall_seconds"]
+    return _told(row)
+
+
+def plan_row(name, num_envs, *, peak):
+    """Time one plan for each of `num_envs` environments whose past fills the context."""
+    observation_dim, action_dim, settings = SETTINGS[name]
+    window = tuple(int(size) for size in WINDOW.value)
+    plan_config = sequence_planner.PlanConfig(window=window, **settings)
+    config, params = _model(observation_dim, action_dim)
+    spec = config.spec
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(10_000, spec.transition_dim))
+    discretizer = tokenization.fit(values, num_bins=spec.num_bins)
+    past = tokenization.encode(discretizer, values[: 5 * num_envs].reshape(num_envs, 5, -1))
+    arguments = (
+        sequence_planner.PlannerParams(transformer=params, discretizer=discretizer),
+        jax.random.split(jax.random.key(0), num_envs),
+        types.Context(tokens=jnp.asarray(past), length=jnp.full([num_envs], 5)),
+        jnp.asarray(rng.normal(size=(num_envs, observation_dim)), jnp.float32),
+    )
+    make = {"config": config, "plan_config": plan_config}
+    label = f"plan {name}, {num_envs} envs, window {window[0]},{window[1]}, {DTYPE.value}"
+    row = {"name": label} | _timed(jax.jit(sequence_planner.make_plan_fn(**make)), *arguments)
+    row["plans_per_second"] = num_envs / row["wall_seconds"]
+    row["share_of_peak"] = _share(num_envs * plan_flops(config, plan_config), row, peak)
+    if ORACLE.value:
+        plain = oracle.make_plan_fn(**make)
+        plain(*arguments)  # compiles
+        started = time.perf_counter()
+        plain(*arguments)
+        row["oracle_wall_seconds"] = time.perf_counter() - started
+        row["ratio"] = row["oracle_wall_seconds"] / row["wall_seconds"]
+    return _told(row)
+
+
+def train_row(name, batch_size, *, peak):
+    """Time train steps with dropout on windows of 10 transitions, gathered from a store on the device."""
+    observation_dim, action_dim, _ = SETTINGS[name]
+    config, params = _model(observation_dim, action_dim)
+    spec, num_steps = config.spec, 2 if _on_cpu() else 50
+    store = trajectories.TokenStore(
+        tokens=np.random.default_rng(0).integers(0, spec.num_bins, (100_000, spec.transition_dim), np.uint8),
+        offsets=np.arange(0, 100_001, 1000, dtype=np.int32),
+        terminated=np.ones(100, bool),
+    )
+    num_windows = trajectories.num_windows(store.offsets)
+    train_config = training.with_token_schedule(
+        training.TrainConfig(batch_size=batch_size * jax.device_count(), steps_per_call=num_steps),
+        num_windows=num_windows,
+        block_size=config.block_size,
+    )
+    windows_fn = functools.partial(
+        trajectories.windows,
+        spec=spec,
+        config=trajectories.DataConfig(max_path_length=1000),
+        max_transitions=config.max_transitions,
+    )
+    train_fn = training.make_train_fn(
+        config=train_config, model_config=config, windows_fn=windows_fn, num_windows=num_windows
+    )
+    state = training.init(jax.random.key(0), config=train_config, model_config=config)
+    fixed = training.replicate((store, np.uint32(0), np.int32(num_steps)))
+    row = {"name": f"train {name}, batch {batch_size}, {DTYPE.value}"}
+    row |= _timed(train_fn, training.replicate(state), *fixed, carry=True, steps=num_steps)
+    row["steps_per_second"] = 1 / row["wall_seconds"]
+    row["tokens_per_second"] = batch_size * config.block_size / row["wall_seconds"]
+    row["share_of_peak"] = _share(3 * batch_size * config.block_size * token_flops(config), row, peak)
+    return _told(row)
+
+
+def iql_row(num_seeds):
+    """Time updates of `num_seeds` learners in one program, on batches of 256 gathered on the device."""
+    config = iql.IQLConfig(observation_dim=17, action_dim=6)
+    num_steps = 100 if _on_cpu() else 2000
+    rng = np.random.default_rng(0)
+    data = iql.Transitions(
+        observations=jnp.asarray(rng.normal(size=(100_000, 17)), jnp.float32),
+        actions=jnp.asarray(rng.uniform(-1, 1, size=(100_000, 6)), jnp.float32),
+        rewards=jnp.asarray(rng.normal(size=100_000), jnp.float32),
+        not_terminal=jnp.ones(100_000),
+        next_observations=jnp.asarray(rng.normal(size=(100_000, 17)), jnp.float32),
+    )
+
+    def learn(state, key, data):
+        def step(state, index):
+            rows = jax.random.randint(jax.random.fold_in(key, index), [256], 0, 100_000)
+            return iql.update(state, jax.tree.map(lambda leaf: leaf[rows], data), config=config)
+
+        return jax.lax.scan(step, state, jnp.arange(num_steps))
+
+    keys = jax.random.split(jax.random.key(0), num_seeds)
+    state = jax.vmap(functools.partial(iql.init, config=config))(keys)
+    learn = jax.jit(jax.vmap(learn, in_axes=(0, 0, None)), donate_argnums=0)
+    row = {"name": f"iql, {num_seeds} seeds, batch 256"} | _timed(learn, state, keys, data, carry=True, steps=num_steps)
+    row["updates_per_second"] = num_seeds / row["wall_seconds"]
+    return _told(row)
+
+
+def token_flops(config):
+    """Count the operations of one token's forward pass in a full window, attention to half of it included."""
+    linear = 12 * config.embed_dim**2 + config.embed_dim * config.block_size  # per layer, in multiply-adds
+    return 2 * (config.num_layers * linear + config.embed_dim * (config.spec.num_bins + 1))
+
+
+def plan_flops(config, plan):
+    """Count the operations of one plan: tokens that are decoded, and windows that are read anew as they slide."""
+    spec, (window_max, window_keep) = config.spec, plan.window
+    per_layer = 12 * config.embed_dim**2 + 2 * config.embed_dim * window_keep * spec.transition_dim
+    decoded = (plan.horizon - 1) * (spec.observation_dim + 1) + plan.num_expand * plan.horizon * (spec.action_dim + 1)
+    slots, slides = min(plan.context_transitions, window_keep), 0
+    for _ in range(plan.horizon - 1):
+        slots += 1
+        if slots == window_max:
+            slots, slides = window_keep, slides + 1
+    read = slides * window_keep * (spec.transition_dim - 1)  # whose last layer needs keys and values alone
+    layers = config.num_layers * decoded + (config.num_layers - 1) * read
+    return 2 * plan.beam_width * (layers * per_layer + 2 * config.embed_dim**2 * read)
+
+
+def _model(observation_dim, action_dim):
+    spec = types.TransitionSpec(observation_dim=observation_dim, action_dim=action_dim, num_bins=100)
+    config = transformer.TransformerConfig(spec=spec, dtype=DTYPE.value)
+    params = transformer.init(jax.random.key(0), config=config)
+    # Larger embeddings make predictions differ, so that plans branch as they do with a trained model.
+    return config, params | {"token_embedding": 20 * params["token_embedding"]}
+
+
+def _timed(fn, *arguments, carry=False, steps=1):
+    """Compile and time `fn`; with `carry` its first result replaces its first argument, which is donated."""
+    started = time.perf_counter()
+    compiled = fn.lower(*arguments).compile()
+    compile_seconds = time.perf_counter() - started
+    walls, cpus = [], []
+    for _ in range(REPEATS.value + 1):  # the first is not counted
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = jax.block_until_ready(compiled(*arguments))
+        walls.append((time.perf_counter() - wall) / steps)
+        cpus.append((time.process_time() - cpu) / steps)
+        if carry:
+            arguments = (result[0], *arguments[1:])
+    memory = compiled.memory_analysis()
+    return {
+        "wall_seconds": float(np.median(walls[1:])),
+        "wall_seconds_p95": float(np.quantile(walls[1:], 0.95)),
+        "cpu_seconds": float(np.median(cpus[1:])),
+        "compile_seconds": compile_seconds,
+        "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _share(flops, row, peak):
+    return flops / row["cpu_seconds" if _on_cpu() else "wall_seconds"] / peak
+
+
+def _told(row):
+    numbers = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if isinstance(value, (int, float)))
+    logging.info("%-45s %s", row["name"], numbers)
+    return row
+
+
+def _on_cpu():
+    return jax.default_backend() == "cpu"
+
+
+def _pin(cores):
+    """Keep all threads of this process on `cores`."""
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), cores)
+
+
+if __name__ == "__main__":
+    _pin([max(ALL_CORES)])  # before the backend counts the cores for its threads
+    entry.run(main)

@@ -1,0 +1,136 @@
+"""Control from the command line: results.json, settings, and the caller's mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import recording
+from tt_jax import checkpoints
+
+pytest_plugins = ["entry_fixtures"]
+
+SMALL = ["--num_episodes=3", "--seed=5", "--plan.horizon=2", "--plan.beam_width=3", "--plan.context_transitions=2"]
+
+
+@pytest.fixture(scope="session")
+def plan(entry_point):
+    return entry_point("plan")
+
+
+def run_plan(plan, *arguments) -> tuple[dict, str]:
+    """Run a command to its end and return results.json and what it said."""
+    done = plan(*arguments)
+    assert done.code == 0, done.stderr
+    return json.loads((plan.folder / "results.json").read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def planned(plan, trained):
+    return run_plan(plan, f"--workdir={trained}", *SMALL, "--num_envs=2")
+
+
+def copy_checkpoint(source, target, **changes):
+    """Save the newest checkpoint of `source` in the workdir `target`, with another step, run or so."""
+    checkpoint = checkpoints.restore(source)
+    fields = ("step", "params", "config", "tokenizer", "state", "run")
+    checkpoints.save(target, **{name: getattr(checkpoint, name) for name in fields} | changes)
+
+
+def test_results_hold_every_episode_and_their_means(planned):
+    results, stdout = planned
+    assert results["environment"] == "PointMaze_UMaze-v3"
+    assert results["dataset"] == "test/maze-v0"
+    assert results["checkpoint_step"] == 420
+    episodes = results["episodes"]
+    assert [episode["seed"] for episode in episodes] == [5, 6, 7]
+    assert [episode["length"] for episode in episodes] == [24, 24, 24]  # the time limit of the dataset's environment
+    returns = np.array([episode["return"] for episode in episodes])
+    assert len(set(returns)) == 3 and (returns > 0).all() and (returns < 24).all()  # exp(-distance) per step
+    # The dataset's reference scores are 1 and 9.
+    scores = 100 * (returns - 1) / (9 - 1)
+    np.testing.assert_allclose([episode["normalized_score"] for episode in episodes], scores, rtol=1e-12)
+    for name, values in (("return", returns), ("normalized_score", scores)):
+        np.testing.assert_allclose(results[name]["mean"], values.mean(), rtol=1e-12)
+        np.testing.assert_allclose(results[name]["standard_error"], values.std(ddof=1) / np.sqrt(3), rtol=1e-12)
+    assert results["success"]["mean"] == np.mean([episode["success"] for episode in episodes])
+    assert results["num_plans"] == 3 * 24
+    np.testing.assert_allclose(results["plans_per_second"], 72 / results["wall_time_s"], rtol=1e-12)
+    assert results["commit"]
+    for text in ("PointMaze_UMaze-v3, step 420, 3 episodes", f"return {returns.mean():.2f}", "results in results.json"):
+        assert text in " ".join(stdout.split())
+
+
+def test_settings_are_the_runs_and_those_of_the_flags(planned, trained):
+    settings = planned[0]["settings"]
+    assert settings["workdir"] == str(trained)
+    assert (settings["num_episodes"], settings["num_envs"], settings["seed"]) == (3, 2, 5)
+    plan_settings = settings["plan"]
+    assert (plan_settings["horizon"], plan_settings["beam_width"], plan_settings["context_transitions"]) == (2, 3, 2)
+    assert plan_settings["window"] == [3, 2]  # a flag of the training run
+    assert plan_settings["action_cdf"] == 0.6  # of the configuration file
+    assert plan_settings["discount"] == 0.99  # of the data
+
+
+def test_the_number_of_environments_does_not_change_the_episodes(planned, plan, trained):
+    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, "--num_envs=1")
+    for episode, expected in zip(results["episodes"], planned[0]["episodes"], strict=True):
+        np.testing.assert_allclose(episode.pop("return"), expected["return"], rtol=1e-5)
+        np.testing.assert_allclose(episode.pop("normalized_score"), expected["normalized_score"], rtol=1e-5)
+        assert episode == {name: expected[name] for name in episode}
+
+
+@pytest.mark.slow
+def test_a_fixed_goal_and_fewer_plans_reach_the_environment(plan, trained):
+    few = ["--plan.replan_every=2", "--num_episodes=1", "--goal=1.0,1.0"]
+    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, *few)
+    assert results["num_plans"] == 12
+    assert results["settings"]["goal"] == [1.0, 1.0]
+    (episode,) = results["episodes"]
+    # Before the body moves much, the reward is exp(-distance) of its start from that goal.
+    env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense", max_episode_steps=24)
+    observation, _ = env.reset(seed=5)
+    env.close()
+    assert abs(episode["return"] / 24 - np.exp(-np.linalg.norm(observation["achieved_goal"] - [1.0, 1.0]))) < 0.2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--plan.horizn=3"], "Unknown command line flag 'plan.horizn'. Did you mean: plan.horizon ?"),
+        (["--plan.horizon=0"], "horizon=0 must be at least 1"),
+        (["--plan.horizon=x"], "--plan.horizon=x"),
+        (["--plan.window=9,8"], "window=(9, 8) exceeds the model's max_transitions=3; use at most (3, 2)"),
+        (["--plan.window=3"], "--plan.window=3: two numbers are needed"),
+        (["--plan.replan_every=3"], "replan_every=3 must not exceed horizon=2"),
+        (["--env=Pendulum-v1"], "does not have the keys ('observation', 'desired_goal')"),
+        (["--env=PointMaze_Nowhere-v3"], "PointMaze_Nowhere-v3 cannot be made"),
+        (["--goal=1"], "--goal=1: two numbers are needed"),
+        (["--num_episodes=0"], "--num_episodes=0"),
+        (["--seed=4294967295"], "--seed=4294967295"),
+        (["--out=."], "--out=. must name a file, not a folder"),
+        (["--out=/dev/null/results.json"], "--out=/dev/null/results.json cannot be written"),
+        (["--workdir=empty"], "no checkpoint in"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(plan, trained, arguments, message):
+    done = plan(f"--workdir={trained}", *SMALL, *arguments)
+    assert done.code == 2
+    assert done.error.startswith("plan: ") and message in done.error
+
+
+def test_a_checkpoint_of_data_without_an_environment_asks_for_one(plan, trained, tmp_path):
+    copy_checkpoint(trained, tmp_path, run=checkpoints.restore(trained).run | {"env_spec": None})
+    done = plan(f"--workdir={tmp_path}", *SMALL)
+    assert (done.code, done.error) == (2, "plan: the dataset of this checkpoint names no environment; pass --env=ID.")
+
+
+def test_a_damaged_checkpoint_is_not_used(plan, trained, tmp_path):
+    copy_checkpoint(trained, tmp_path)
+    largest = max((tmp_path / "checkpoints").glob("*/arrays/**/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    done = plan(f"--workdir={tmp_path}", *SMALL)
+    assert done.code == 2
+    assert f"checkpoint {tmp_path}/checkpoints/420 is damaged" in done.error

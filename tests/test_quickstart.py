@@ -1,0 +1,104 @@
+"""The quickstart from start to end, with everything small."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import waypoint_controller
+from tt_jax import checkpoints
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+COMMAND = [
+    *(sys.executable, "-m", "experiments.quickstart", "--workdir=run", "--steps=1000", "--num_episodes=2"),
+    *("--config.train.num_steps=6", "--config.train.batch_size=8", "--config.train.log_every=2"),
+    *("--config.train.eval_every=3", "--config.train.checkpoint_every=3", "--config.model.num_layers=1"),
+    *("--config.model.num_heads=1", "--config.model.embed_dim=8", "--config.plan.beam_width=2"),
+]
+
+
+def _environment():
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
+
+
+def _quickstart(folder, *arguments):
+    command = [*COMMAND, *arguments]
+    return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Interrupt the quickstart while it collects, start it again, and return its folder and what both runs said."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    with subprocess.Popen(COMMAND, cwd=folder, env=_environment(), stdout=-1, stderr=-1, text=True) as process:
+        while "1/4" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=300)
+    return folder / "run", (process.returncode, errors), _quickstart(folder)
+
+
+def test_an_interrupted_run_goes_on(finished):
+    _, (code, errors), done = finished
+    assert code == 75
+    assert "quickstart: stopped" in errors and "Traceback" not in errors
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_run_leaves_data_model_results_and_figures(finished):
+    workdir, _, done = finished
+    assert "beam search" in done.stdout and "maze.png" in done.stdout
+    assert checkpoints.latest_step(workdir) == 6
+    assert (workdir / "datasets" / "tt" / "pointmaze" / "quickstart-v0").is_dir()
+    for name in ("learning_curve.png", "maze.png"):
+        assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["data"]["transitions"] == 1200 and results["data"]["episodes"] == 4
+    assert list(results["policies"]) == ["random", "behaviour", "behaviour without noise", "beam search"]
+    for policy in results["policies"].values():
+        assert len(policy["returns"]) == 2
+        np.testing.assert_allclose(policy["return"]["mean"], np.mean(policy["returns"]), rtol=1e-12)
+        error = abs(policy["returns"][0] - policy["returns"][1]) / 2  # of two numbers
+        np.testing.assert_allclose(policy["return"]["standard_error"], error, rtol=1e-9)
+        assert policy["ms_per_action"] > 0
+    assert results["policies"]["behaviour without noise"]["return"]["mean"] > 150
+
+
+def test_all_policies_play_the_same_episodes(finished):
+    workdir, *_ = finished
+    records = [np.load(path) for path in sorted((workdir / "control").glob("*.npz"))]
+    assert len(records) == 4
+    for record in records:
+        np.testing.assert_array_equal(record["positions"][:, 0], records[0]["positions"][:, 0])
+        np.testing.assert_array_equal(record["goals"], records[0]["goals"])
+        # the reward, and so the return, follows from the positions
+        distance = np.linalg.norm(record["positions"][:, 1:] - record["goals"][:, None], axis=-1)
+        np.testing.assert_allclose(np.exp(-distance).sum(axis=1), record["returns"], rtol=1e-4)
+
+
+def test_noise_of_the_behaviour_policy_is_held(finished):
+    workdir, *_ = finished
+    del workdir
+    assert waypoint_controller.NOISE_HOLD == 20
+
+
+def test_a_finished_run_says_so_at_once(finished):
+    workdir, _, first = finished
+    again = _quickstart(workdir.parent)
+    assert again.returncode == 0, again.stderr
+    assert "run is done" in again.stdout
+    table = [line for line in first.stdout.splitlines() if line.startswith("beam search")]
+    assert table and table[-1] in again.stdout
+    assert "collect" not in again.stderr and "train:" not in again.stderr
+
+
+def test_a_workdir_of_other_settings_is_refused(finished):
+    workdir, *_ = finished
+    refused = _quickstart(workdir.parent, "--seed=1")
+    assert refused.returncode == 2
+    assert "use another --workdir" in refused.stderr and refused.stderr.count("\n") == 1

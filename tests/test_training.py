@@ -1,0 +1,241 @@
+"""Steps are the reference's, and neither devices nor calls change them."""
+
+import dataclasses
+
+import chex
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tt_jax import training, transformer, types
+
+NUM_DEVICES = 4  # set in conftest.py
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return golden.load("optim")
+
+
+@pytest.fixture(scope="module")
+def config(arrays):
+    return training.TrainConfig(
+        warmup_tokens=int(arrays["warmup_tokens"]),
+        final_tokens=int(arrays["final_tokens"]),
+        num_steps=100,
+        batch_size=8,
+        steps_per_call=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def start(arrays, config):
+    """Return the state before the first step, with the parameters of the reference's run."""
+    params = jax.tree.map(jnp.asarray, golden.params_from(arrays, "init/"))
+    opt_state = training.make_optimizer(config).init(params)
+    return training.TrainState(
+        params=params, opt_state=opt_state, step=jnp.int32(0), tokens_seen=jnp.zeros([2], jnp.uint32)
+    )
+
+
+@pytest.fixture(scope="module")
+def update(config):
+    """Return the compiled update(state, batch) without dropout."""
+
+    def update(state, batch):
+        return training.update(state, batch, None, config=config, model_config=golden.CONFIG)
+
+    return jax.jit(update, compiler_options=golden.FAST_COMPILE)
+
+
+def without_key_bias(params):
+    """Leave out the key biases, whose gradient is zero but for rounding, which Adam blows up to whole steps."""
+    query, _, value = jnp.split(params["blocks"]["qkv"]["bias"], 3, axis=-1)
+    qkv = params["blocks"]["qkv"] | {"bias": jnp.concatenate([query, value], axis=-1)}
+    return params | {"blocks": params["blocks"] | {"qkv": qkv}}
+
+
+def test_every_step_is_the_reference_s(arrays, start, update):
+    state = start
+    for index in range(5):
+        state, metrics = update(state, golden.batch_from(arrays, f"batch{index}/"))
+        np.testing.assert_allclose(metrics["learning_rate"], arrays["lr_used_at_step"][index], rtol=1e-6)
+        np.testing.assert_allclose(metrics["grad_norm"], arrays["grad_norms_before_clip_f64"][index], rtol=1e-5)
+        if f"after{index + 1}_f64/pos_emb" in arrays:
+            expected = golden.params_from(arrays, f"after{index + 1}_f64/")
+            chex.assert_trees_all_close(without_key_bias(state.params), without_key_bias(expected), rtol=0, atol=1e-6)
+            chex.assert_trees_all_close(state.params, expected, rtol=0, atol=1e-3)
+    assert int(state.step) == 5
+    np.testing.assert_array_equal(state.tokens_seen, [0, arrays["n_tokens_after_all"]])
+
+
+def test_the_loss_is_that_of_the_reference_before_the_step(arrays):
+    params = golden.params_from(arrays, "init/")
+    loss, _ = transformer.loss(params, golden.batch_from(arrays, "batch0/"), config=golden.CONFIG)
+    np.testing.assert_allclose(loss, arrays["losses_f64"][0], rtol=1e-5)
+
+
+def test_weight_decay_is_for_the_reference_s_parameters(arrays):
+    names = set(arrays["decay_names"].tolist())
+    state = {name: np.full(arrays[f"init/{name}"].shape, name in names) for name in
+             (key.removeprefix("init/") for key in arrays if key.startswith("init/"))}  # fmt: skip
+    expected = golden.params_from({f"x/{name}": value for name, value in state.items()}, "x/")
+    mask = training.decay_mask(golden.params_from(arrays, "init/"))
+    assert jax.tree.map(bool, mask) == jax.tree.map(lambda leaf: bool(leaf.all()), expected)
+    assert all(leaf.all() == leaf.any() for leaf in jax.tree.leaves(expected))
+
+
+def test_the_schedule_is_the_reference_s_also_where_its_cosine_rises_again(arrays):
+    settings = {"warmup_tokens": int(arrays["schedule_warmup"]), "final_tokens": int(arrays["schedule_final"])}
+    config = training.TrainConfig(learning_rate=1.0, **settings)
+    got = training.learning_rate(arrays["schedule_tokens"], config=config)
+    np.testing.assert_allclose(got, arrays["schedule_mult"], rtol=1e-5, atol=1e-6)
+    beyond = arrays["schedule_tokens"] >= settings["final_tokens"]
+    assert (arrays["schedule_mult"][beyond] > 0.2).any()
+    clamped = training.learning_rate(arrays["schedule_tokens"], config=dataclasses.replace(config, clamp_cosine=True))
+    np.testing.assert_allclose(clamped[beyond], 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(clamped[~beyond], got[~beyond])
+
+
+def test_the_schedule_is_filled_in_from_the_number_of_windows():
+    config = training.with_token_schedule(training.TrainConfig(), num_windows=1000, block_size=27)
+    assert (config.warmup_tokens, config.final_tokens) == (27_000, 540_000)
+    given = training.TrainConfig(warmup_tokens=5, final_tokens=70)
+    assert training.with_token_schedule(given, num_windows=1000, block_size=27) == given
+
+
+def test_tokens_are_counted_beyond_32_bits(arrays, config, start, update):
+    batch = golden.batch_from(arrays, "batch1/")
+    real = int((batch.targets != golden.SPEC.stop_token).sum())
+    seen = jnp.array([2, 2**32 - 5], jnp.uint32)
+    state, metrics = update(start.replace(tokens_seen=seen, step=jnp.int32(9)), batch)
+    np.testing.assert_array_equal(state.tokens_seen, [3, real - 5])
+    expected = training.learning_rate(3.0 * 2**32 - 5, config=config)
+    np.testing.assert_allclose(metrics["learning_rate"], expected, rtol=1e-6)
+    unmoved, _ = update(state.replace(tokens_seen=jnp.array([3, 1], jnp.uint32)), batch)
+    np.testing.assert_array_equal(unmoved.tokens_seen, [3, real + 1])
+
+
+def ids_of_steps(steps, *, seed=0, **settings):
+    """Return the window ids of `steps`, one after the other."""
+    ids = jax.jit(jax.vmap(lambda seed, step: training.window_ids(seed, step, **settings), (None, 0)))
+    return np.asarray(ids(seed, jnp.asarray(steps))).reshape(-1)
+
+
+@pytest.mark.parametrize("num_windows, batch_size", [(1, 3), (2, 2), (3, 2), (8, 8), (64, 16), (100, 7), (1000, 256)])
+def test_every_epoch_visits_each_window_once_in_its_own_order(num_windows, batch_size):
+    num_epochs = 4
+    steps = np.arange(-(-num_epochs * num_windows // batch_size))  # some batches cross the end of an epoch
+    settings = {"num_windows": num_windows, "batch_size": batch_size}
+    orders = [ids_of_steps(steps, seed=seed, **settings)[: num_epochs * num_windows] for seed in (0, 1)]
+    epochs = np.concatenate([order.reshape(num_epochs, num_windows) for order in orders])
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(num_windows))
+    if num_windows >= 64:
+        assert len({tuple(epoch) for epoch in [*epochs, np.arange(num_windows)]}) == 2 * num_epochs + 1
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    orders = [
+        ids_of_steps(np.arange(120 // batch_size), seed=3, batch_size=batch_size, num_windows=50)
+        for batch_size in (10, 40, 120)
+    ]
+    np.testing.assert_array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(orders[0], orders[2])
+
+
+def test_the_order_is_well_mixed():
+    order = ids_of_steps([0], batch_size=2000, num_windows=2000)
+    assert abs(np.corrcoef(order, np.arange(2000))[0, 1]) < 0.1
+    steps = np.abs(np.diff(order))
+    np.testing.assert_allclose(steps.mean(), 2000 / 3, rtol=0.1)  # as for independent numbers
+
+
+def test_the_position_is_exact_up_to_the_end_of_32_bits():
+    settings = {"seed": 1, "num_windows": 1000}
+    last = 2**32 // 256 - 1
+    begin = last * 256 // 1000 * 1000  # of the last epoch, which 2**32 cuts short
+    counted = ids_of_steps(np.arange(begin // 8, 2**32 // 8, dtype=np.uint32), batch_size=8, **settings)
+    assert len(set(counted.tolist())) == len(counted) == 2**32 - begin
+    np.testing.assert_array_equal(ids_of_steps([last], batch_size=256, **settings), counted[-256:])
+
+
+SEED = 5
+TOKENS = np.random.default_rng(0).integers(
+    0, golden.SPEC.num_bins + 1, size=(30, golden.CONFIG.block_size + 1), dtype=np.int32
+)
+
+
+def windows_fn(store, ids):
+    """Return made-up windows, of which some tokens are masked."""
+    tokens = store[ids]
+    weights = (tokens[:, :-1] % 4 != 1).astype(jnp.float32)
+    return types.Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=weights)
+
+
+@pytest.fixture(scope="module")
+def train_on_four(config):
+    """Return train(state, num_steps) of the compiled steps on four devices, with dropout."""
+    assert jax.device_count() == NUM_DEVICES and golden.CONFIG.attention_dropout > 0
+    train_fn = training.make_train_fn(
+        config=config, model_config=golden.CONFIG, windows_fn=windows_fn, num_windows=len(TOKENS)
+    )
+    store, seed = training.replicate(TOKENS), training.replicate(np.int32(SEED))
+    return lambda state, num_steps: train_fn(state, store, seed, training.replicate(np.int32(num_steps)))
+
+
+def test_four_devices_take_the_steps_of_one(config, start, train_on_four):
+    replicas, metrics = train_on_four(training.replicate(start), 4)
+    for leaf in jax.tree.leaves((replicas, metrics)):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))  # all devices agree
+
+    def step_on_one(state):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), 1), state.step)
+        ids = training.window_ids(SEED, state.step, batch_size=config.batch_size, num_windows=len(TOKENS))
+        batch = windows_fn(jnp.asarray(TOKENS), ids)
+        return training.update(state, batch, key, config=config, model_config=golden.CONFIG)
+
+    step_on_one = jax.jit(step_on_one, compiler_options=golden.FAST_COMPILE)
+    assert config.batch_size * 4 > len(TOKENS)  # so the last batch crosses the end of the epoch
+    state = start
+    for index in range(4):
+        state, expected = step_on_one(state)
+        got = jax.tree.map(lambda leaf, i=index: leaf[0, i], metrics)
+        chex.assert_trees_all_close(got, expected, rtol=2e-5)
+    got = training.unreplicate(replicas)
+    chex.assert_trees_all_close(without_key_bias(got.params), without_key_bias(state.params), rtol=0, atol=5e-6)
+    np.testing.assert_array_equal(got.tokens_seen, state.tokens_seen)
+    assert int(got.step) == 4
+
+
+def test_splitting_the_steps_into_calls_changes_nothing(start, train_on_four):
+    whole, metrics = train_on_four(training.replicate(start), 4)
+    state = training.replicate(start)
+    for num_steps in (1, 3):
+        state, part = train_on_four(state, num_steps)
+    np.testing.assert_array_equal(part["loss"][0, :3], metrics["loss"][0, 1:4])
+    chex.assert_trees_all_equal(training.unreplicate(state), training.unreplicate(whole))
+
+
+def test_evaluation_is_the_mean_over_evenly_spaced_windows_without_dropout(config, start):
+    evaluate = training.make_eval_fn(
+        config=config, model_config=golden.CONFIG, windows_fn=windows_fn, num_windows=len(TOKENS)
+    )
+    metrics = evaluate(training.replicate(start.params), training.replicate(TOKENS))
+    ids = np.linspace(0, 29, 32).astype(int)  # 30 windows fill 4 batches of 8
+    _, expected = transformer.loss(start.params, windows_fn(jnp.asarray(TOKENS), ids), config=golden.CONFIG)
+    chex.assert_trees_all_close(training.unreplicate(metrics), jax.tree.map(np.asarray, expected), rtol=1e-5)
+
+
+def test_batches_and_runs_of_impossible_size_are_refused(config):
+    settings = {"model_config": golden.CONFIG, "windows_fn": windows_fn, "num_windows": 30}
+    odd = dataclasses.replace(config, batch_size=6)
+    message = "batch_size=6 must be a multiple of the 4 devices; set --config.train.batch_size"
+    with pytest.raises(ValueError, match=message):
+        training.make_train_fn(config=odd, **settings)
+    with pytest.raises(ValueError, match=message):
+        training.make_eval_fn(config=odd, **settings)
+    with pytest.raises(ValueError, match=r"num_steps \* batch_size = 4294967296 must be below 2\*\*32"):
+        training.make_train_fn(config=dataclasses.replace(config, num_steps=2**29), **settings)

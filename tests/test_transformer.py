@@ -1,0 +1,309 @@
+"""The model is the reference's, also when it is decoded token by token."""
+
+import dataclasses
+
+import chex
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from transform_checks import check_transforms
+
+from tt_jax import transformer, types
+
+SPEC, CONFIG, DIM = golden.SPEC, golden.CONFIG, golden.SPEC.transition_dim
+GOAL_CONFIG = dataclasses.replace(CONFIG, goal_conditioned=True, reference_goal_mask=True)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return golden.load("gpt")
+
+
+@pytest.fixture(scope="module")
+def params(arrays):
+    return jax.tree.map(jnp.asarray, golden.params_from(arrays, "state/"))
+
+
+def jitted(fn, **settings):
+    return jax.jit(lambda *arguments: fn(*arguments, **settings), compiler_options=golden.FAST_COMPILE)
+
+
+def test_logits_are_the_reference_s(arrays, params):
+    logits = jitted(transformer.apply, config=CONFIG)
+    got = logits(params, arrays["X"])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, arrays["logits_f64"], rtol=1e-5, atol=1e-5)
+    changed = logits(params, arrays["X_values_changed"])
+    np.testing.assert_allclose(changed, arrays["logits_values_changed"], rtol=1e-5, atol=1e-5)
+    others = np.arange(CONFIG.block_size) % DIM != DIM - 1  # a value token acts at its own position only
+    np.testing.assert_array_equal(changed[:, others], got[:, others])
+
+
+def test_partial_windows_have_the_reference_s_logits(arrays, params):
+    logits = jitted(transformer.apply, config=CONFIG)
+    for length in arrays["lengths"]:
+        got = logits(params, arrays["X"][:, :length])
+        np.testing.assert_allclose(got, arrays[f"logits_T{length}"], rtol=1e-5, atol=2e-5)
+
+
+def test_attention_weights_are_the_reference_s(arrays, params):
+    weights = jitted(transformer.attention, config=CONFIG)(params, arrays["X"][:1])
+    for layer in range(CONFIG.num_layers):
+        np.testing.assert_allclose(weights[layer], arrays[f"attention/layer{layer}"], rtol=1e-5, atol=2e-6)
+    assert not np.asarray(weights)[..., DIM - 1 :: DIM].any()
+
+
+def test_a_token_sees_what_the_reference_lets_it_see(arrays):
+    mask = arrays["state/blocks.0.attn.mask"][0, 0]
+    np.testing.assert_array_equal(transformer.visible_keys(CONFIG, CONFIG.block_size), mask)
+    goal = golden.load("goal")
+    np.testing.assert_array_equal(
+        transformer.visible_keys(GOAL_CONFIG, CONFIG.block_size), goal["state/blocks.1.attn.mask"][0, 0]
+    )
+    corrected = transformer.visible_keys(dataclasses.replace(GOAL_CONFIG, reference_goal_mask=False), 9)
+    hidden = SPEC.observation_dim + DIM - 1
+    expected = [[key <= query and key != hidden for key in range(12)] for query in range(12)]
+    np.testing.assert_array_equal(corrected, expected)
+
+
+@pytest.mark.parametrize("name", ["w5_1_1", "w2_3_half", "w1_1_1"])
+def test_loss_and_all_gradients_are_the_reference_s(arrays, params, name):
+    (prefix,) = {key.split("/")[0] for key in arrays if key.startswith(name[:3]) and key.endswith("/weights")}
+    action, reward, value = map(float, arrays[f"{prefix}/weights"])
+    config = dataclasses.replace(CONFIG, action_weight=action, reward_weight=reward, value_weight=value)
+    batch = golden.batch_from(arrays)
+    grad_fn = jitted(jax.value_and_grad(transformer.loss, has_aux=True), config=config)
+    (loss, metrics), grads = grad_fn(params, batch)
+    np.testing.assert_allclose(loss, arrays[f"{prefix}/loss_f64"], rtol=1e-6, atol=1e-6)
+    expected = golden.params_from(arrays, f"{prefix}/grad_f64/")
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=2e-6)
+    for length in (27, 20, 14, 13, 10, 5):
+        if f"{prefix}/loss_T{length}" in arrays:
+            part = jax.tree.map(lambda leaf, t=length: leaf[:, :t], batch)
+            got, _ = transformer.loss(params, part, config=config)
+            np.testing.assert_allclose(got, arrays[f"{prefix}/loss_T{length}"], rtol=1e-5)
+
+    # The metrics are means over the tokens that count, by the kind of the target.
+    log_probs = np.log(np.take_along_axis(softmax(arrays["logits_f64"]), arrays["Y"][..., None], axis=-1))[..., 0]
+    kind = np.array(["observation"] * 3 + ["action"] * 2 + ["reward", "value"])[(np.arange(27) + 1) % DIM]
+    kind = np.broadcast_to(kind, log_probs.shape)
+    for which in ("observation", "action", "reward", "value"):
+        counts = (kind == which) & arrays["mask"]
+        np.testing.assert_allclose(metrics[f"loss_{which}"], -log_probs[counts].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], -log_probs[arrays["mask"]].mean(), rtol=1e-5)
+
+
+def softmax(logits):
+    unnormalised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+
+
+def test_the_goal_conditioned_model_is_the_reference_s_with_its_columns():
+    arrays = golden.load("goal")
+    params, goal = golden.params_from(arrays, "state/", GOAL_CONFIG), arrays["goal"]
+    logits = jitted(lambda params, tokens, goal: transformer.apply(params, tokens, config=GOAL_CONFIG, goal=goal))
+    np.testing.assert_allclose(logits(params, arrays["X"], goal), arrays["logits_f64"], rtol=1e-5, atol=1e-5)
+    got = logits(params, arrays["X"], arrays["goal_changed"])
+    np.testing.assert_allclose(got, arrays["logits_goal_changed"], rtol=1e-5, atol=1e-5)
+    for length in (1, 10, 26):
+        got = logits(params, arrays["X"][:, :length], goal)
+        np.testing.assert_allclose(got, arrays[f"logits_T{length}"], rtol=1e-5, atol=2e-5)
+    weights = jitted(lambda *args: transformer.attention(*args[:2], config=GOAL_CONFIG, goal=args[2]))(
+        params, arrays["X"][:1], goal[:1]
+    )
+    for layer in range(CONFIG.num_layers):
+        np.testing.assert_allclose(weights[layer], arrays[f"attention/layer{layer}"], rtol=1e-5, atol=2e-6)
+
+    def loss_fn(params):
+        return transformer.loss(params, golden.batch_from(arrays), config=GOAL_CONFIG, goal=goal)[0]
+
+    loss, grads = jitted(jax.value_and_grad(loss_fn))(params)
+    np.testing.assert_allclose(loss, arrays["loss"], rtol=1e-5)
+    expected = golden.params_from(arrays, "grad/", GOAL_CONFIG)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_reference_s_columns_a_goal_is_seen_and_values_are_not():
+    arrays = golden.load("goal")
+    config = dataclasses.replace(GOAL_CONFIG, reference_goal_mask=False)
+    params, tokens = jax.tree.map(jnp.asarray, golden.params_from(arrays, "state/", config)), arrays["X"]
+    values = np.arange(tokens.shape[1]) % DIM == DIM - 1
+    other_values = np.where(values, (tokens + 3) % SPEC.num_bins, tokens)
+    logits = jax.jit(lambda tokens, goal: transformer.apply(params, tokens, config=config, goal=goal))
+    got = logits(tokens, arrays["goal"])
+    np.testing.assert_array_equal(logits(other_values, arrays["goal"])[:, ~values], got[:, ~values])
+    assert (np.abs(logits(tokens, arrays["goal_changed"]) - got).max(axis=(0, 2)) > 1e-4).all()
+
+
+def test_what_cannot_be_read_is_refused(params):
+    tokens = jnp.zeros([1, CONFIG.block_size + 1], jnp.int32)
+    with pytest.raises(ValueError, match="28 tokens are too long: max_transitions=4 allows 27"):
+        transformer.apply(params, tokens, config=CONFIG)
+    with pytest.raises(ValueError, match="goal_conditioned=True, but goal missing"):
+        transformer.apply(params, tokens[:, :9], config=GOAL_CONFIG)
+    with pytest.raises(ValueError, match="goal_conditioned=False, but goal given"):
+        transformer.apply(params, tokens[:, :9], config=CONFIG, goal=tokens[:, :3])
+    with pytest.raises(ValueError, match="embed_dim=16 must be a multiple of num_heads=3"):
+        dataclasses.replace(CONFIG, num_heads=3)
+    with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", got "float16"'):
+        dataclasses.replace(CONFIG, dtype="float16")
+
+
+def test_initial_parameters_are_distributed_as_the_reference_s():
+    spec = types.TransitionSpec(observation_dim=11, action_dim=3, num_bins=100)
+    config = transformer.TransformerConfig(spec=spec, goal_conditioned=True)
+    params = jax.tree.map(np.asarray, transformer.init(jax.random.key(0), config=config))
+    chex.assert_tree_all_finite(params)
+    bound = 128**-0.5
+    head = params["head"]
+    assert head.shape == (16, 128, 101) and np.abs(head).max() <= bound and np.abs(head).max() > 0.999 * bound
+    np.testing.assert_allclose([head.mean(), head.std()], [0.0, bound / 3**0.5], atol=2e-4)
+    assert not params["position_embedding"].any() and params["position_embedding"].shape == (159, 128)
+    assert params["token_embedding"].shape == (1601, 128) and params["goal_embedding"].shape == (1100, 128)
+    blocks = params["blocks"]
+    normal = [params["token_embedding"], params["goal_embedding"]]
+    normal += [blocks[name]["kernel"] for name in ("qkv", "projection", "mlp_in", "mlp_out")]
+    for leaf in normal:
+        np.testing.assert_allclose([leaf.mean(), leaf.std()], [0.0, 0.02], atol=2e-4)
+        assert np.abs(leaf).max() > 0.07  # 3.5 standard deviations: not truncated
+    for name in ("qkv", "projection", "mlp_in", "mlp_out"):
+        assert not blocks[name]["bias"].any()
+        assert (blocks[name]["kernel"][0] != blocks[name]["kernel"][1]).all()
+    for norm in (blocks["norm_1"], blocks["norm_2"], params["norm"]):
+        assert (norm["scale"] == 1).all() and not norm["bias"].any()
+    other = transformer.init(jax.random.key(1), config=config)
+    assert (other["head"] != head).mean() > 0.99
+
+
+def test_dropout_drops_26_of_256_and_preserves_the_expectation():
+    dropout = transformer._make_dropout(jax.random.key(0), 64)
+    x = jnp.full([64, 999, 7], 3.0)
+    got = np.asarray(dropout(x, 0.1, 0))
+    size = got.size
+    rate = 26 / 256
+    assert abs((got == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / size)
+    np.testing.assert_allclose(got[got != 0], 3.0 / (1 - rate), rtol=1e-6)
+    per_place = (got == 0).mean(axis=0)  # no place is favoured, wherever in a word its bits stand
+    assert np.abs(per_place - rate).max() < 6 * np.sqrt(rate * (1 - rate) / 64)
+    neighbours = ((got[:, 1:] == 0) & (got[:, :-1] == 0)).mean()
+    np.testing.assert_allclose(neighbours, rate**2, rtol=0.1)
+    assert ((got == 0) != (dropout(x, 0.1, 1) == 0)).mean() > rate  # another place in the model, other bits
+    np.testing.assert_array_equal(dropout(x, 0.001, 0), x)
+
+
+def test_dropout_bits_of_a_row_do_not_depend_on_the_batch(arrays, params):
+    key = jax.random.key(7)
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(5))
+    logits = jax.jit(lambda tokens, key: transformer.apply(params, tokens, config=CONFIG, dropout_key=key))
+    whole = logits(arrays["X"], key)
+    np.testing.assert_array_equal(logits(arrays["X"], row_keys), whole)
+    part = logits(arrays["X"][2:4], row_keys[2:4])
+    np.testing.assert_allclose(part, whole[2:4], rtol=1e-5, atol=1e-5)
+    same_tokens = logits(jnp.broadcast_to(arrays["X"][:1], arrays["X"].shape), key)
+    assert (np.abs(same_tokens[1:] - same_tokens[:1]).max(axis=(1, 2)) > 0.01).all()
+    assert np.abs(logits(arrays["X"], jax.random.key(8)) - whole).max() > 0.01
+    assert np.abs(logits(arrays["X"][:, :9], key)).max() < np.inf
+
+
+@pytest.mark.parametrize("site", ["embedding", "attention", "residual"])
+def test_each_dropout_can_be_switched_off_alone(arrays, params, site):
+    off = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
+    tokens, key = arrays["X"][:1, :9], jax.random.key(0)
+    without = transformer.apply(params, tokens, config=CONFIG)
+    config = dataclasses.replace(CONFIG, **off)
+    np.testing.assert_array_equal(transformer.apply(params, tokens, config=config, dropout_key=key), without)
+    config = dataclasses.replace(config, **{f"{site}_dropout": 0.3})
+    assert np.abs(transformer.apply(params, tokens, config=config, dropout_key=key) - without).max() > 0.01
+
+
+def test_bfloat16_is_near_float32(arrays, params):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    got = jitted(transformer.apply, config=config)(params, arrays["X"])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, arrays["logits_f64"], rtol=0, atol=0.15)
+    assert np.abs(got - arrays["logits_f64"]).max() > 1e-3
+    (loss, _), grads = jitted(jax.value_and_grad(transformer.loss, has_aux=True), config=config)(
+        params, golden.batch_from(arrays)
+    )
+    np.testing.assert_allclose(loss, arrays["w5_1_1/loss_f64"], rtol=5e-3)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(grads))
+    expected = golden.params_from(arrays, "w5_1_1/grad_f64/")["head"]
+    np.testing.assert_allclose(grads["head"], expected, rtol=0, atol=0.03 * np.abs(expected).max())
+
+
+def test_decoding_token_by_token_gives_the_reference_s_logits_at_every_length(arrays, params):
+    tokens = arrays["X"]
+
+    @jax.jit
+    def read(cache, token, dim, position, count):
+        x, own = transformer.decode(
+            params,
+            token[:, None, None, None],
+            dim[None],
+            jnp.reshape(position, (1, 1, 1, 1)),
+            [(cache, count)],
+            config=CONFIG,
+            visible=jnp.reshape(dim != DIM - 1, (1, 1, 1)),
+        )
+        own = jax.tree.map(lambda leaf: leaf[:, 0, 0], own)
+        logits = transformer.next_logits(params, x[:, 0, 0, 0], dim, config=CONFIG)
+        return logits, transformer.write_cache(cache, own, count)
+
+    cache, count = transformer.empty_cache((5,), CONFIG.block_size, config=CONFIG), 0
+    for position, token in enumerate(tokens.T):
+        logits, cache = read(
+            cache, jnp.asarray(token), jnp.int32(position % DIM), jnp.int32(position), jnp.int32(count)
+        )
+        count += position % DIM != DIM - 1  # what a value token has written is overwritten by the next token
+        np.testing.assert_allclose(logits, arrays["logits_f64"][:, position], rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_a_tree_gives_each_branch_the_logits_of_its_own_sequence(params):
+    # Contexts of 1 and 2 transitions, 3 beams with 8 tokens of their own, 2 candidates with 3 tokens of theirs.
+    generator = np.random.default_rng(0)
+    lengths, num_beams, num_expand = np.array([1, 2]), 3, 2
+    keys_per_transition = DIM - 1
+    trunk = generator.integers(SPEC.num_bins, size=(2, 2, DIM)).astype(np.int32)
+    branch = generator.integers(SPEC.num_bins, size=(2, num_beams, DIM + SPEC.observation_dim)).astype(np.int32)
+    twigs = generator.integers(SPEC.num_bins, size=(2, num_beams, num_expand, 3)).astype(np.int32)
+    dims = np.delete(np.arange(DIM + SPEC.observation_dim), DIM - 1)  # but for the value token
+    start = (lengths * DIM)[:, None, None, None]
+
+    @jax.jit
+    def decode(tokens, dims, positions, past):
+        visible = jnp.tri(tokens.shape[-1], dtype=bool)[None]
+        return transformer.decode(params, tokens, dims % DIM, positions, past, config=CONFIG, visible=visible)
+
+    trunk_dims = np.arange(2 * DIM).reshape(2, DIM)[:, :-1].reshape(-1)
+    trunk_positions = trunk_dims[None, None, None]
+    _, roots = decode(trunk[:, :, :-1].reshape(2, 1, 1, -1), trunk_dims, trunk_positions, [])
+    shared = (jax.tree.map(lambda leaf: leaf[:, 0, 0], roots), lengths * keys_per_transition)
+    _, own = decode(branch[:, :, None, dims], dims, start + dims, [shared])
+    beams = (jax.tree.map(lambda leaf: leaf[:, :, 0], own), len(dims))
+    twig_dims = DIM + SPEC.observation_dim + np.arange(3)
+    x, _ = decode(twigs, twig_dims, start + twig_dims, [shared, beams])
+    logits = transformer.next_logits(params, x[..., -1, :], jnp.int32(twig_dims[-1] % DIM), config=CONFIG)
+    apply = jitted(transformer.apply, config=CONFIG)
+    for env, length in enumerate(lengths):
+        sequences = [
+            np.concatenate([trunk[env, :length].reshape(-1), branch[env, beam], twigs[env, beam, expansion]])
+            for beam, expansion in np.ndindex(num_beams, num_expand)
+        ]
+        expected = apply(params, np.stack(sequences))[:, -1].reshape(num_beams, num_expand, -1)
+        np.testing.assert_allclose(logits[env], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_numpy_can_be_part_of_a_compiled_function(arrays):
+    params = golden.params_from(arrays, "state/")
+    got = jax.jit(lambda tokens: transformer.apply(params, tokens, config=CONFIG))(arrays["X"][:, :7])
+    np.testing.assert_allclose(got, arrays["logits_T7"], rtol=1e-5, atol=2e-5)
+
+
+def test_the_loss_runs_under_transformations_with_dropout(arrays, params):
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:3, None, :9]), golden.batch_from(arrays))
+    keys = jax.random.split(jax.random.key(0), 3)
+    check_transforms(
+        lambda batch, key: transformer.loss(params, batch, config=CONFIG, dropout_key=key), batch, keys, rtol=1e-4
+    )
