@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install into .venv (or the environment of PYTHON=), lint and test; arguments are passed on to pytest.
-#   launch/test.sh [-m 'not slow' ...]
+#   launch/test.sh [-m slow ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 "$PYTHON" -m ruff check .

@@ -198,7 +198,7 @@ class Case:
 
 CASES = {
     # From the second step on the window slides after every step, in all environments although no buffer is full.
-    "window_5_4": Case((5, 4), 3, (2, 1, 0), 7),
+    "window_5_4": Case((5, 4), 3, (1, 0, 1), 7),
     # More past than fits; it slides before and after every second step.
     "window_4_2_long_context": Case((4, 2), 5, (5, 3, 0), 7, {"observation_top_k": 0, "action_top_k": 5}),
     # As much past as fits; only the newest transition survives a slide.
@@ -420,6 +420,10 @@ def test_memory_does_not_hold_the_context_once_per_beam():
         ({"beam_width": 0}, "beam_width=0 must be at least 1"),
         ({"horizon": 2, "replan_every": 3}, "replan_every=3 must not exceed horizon=2"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"discount": 1.5}, r"discount=1.5 must be in \[0, 1\]"),
+        ({"action_cdf": -0.1}, r"action_cdf=-0.1 must be in \[0, 1\]"),
+        ({"reward_top_k": -1}, "reward_top_k=-1 must not be negative"),
+        ({"percentile": 1.0}, r"percentile=1.0 must be in \[0, 1\), or -1 for the mean"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
@@ -431,6 +435,8 @@ def test_what_does_not_suit_the_model_is_refused():
     plan_config = sequence_planner.PlanConfig(window=(11, 4))
     with pytest.raises(ValueError, match=r"window=\(11, 4\) exceeds the model's max_transitions=10; use at most"):
         sequence_planner.make_plan_fn(config=ONE_LAYER, plan_config=plan_config)
+    with pytest.raises(ValueError, match="a top_k of 10 exceeds the 9 tokens of a dimension"):
+        sequence_planner.make_plan_fn(config=CONFIG, plan_config=sequence_planner.PlanConfig(action_top_k=10))
     with pytest.raises(ValueError, match="goal-conditioned"):
         sequence_planner.make_plan_fn(
             config=dataclasses.replace(ONE_LAYER, goal_conditioned=True), plan_config=sequence_planner.PlanConfig()

@@ -239,3 +239,12 @@ def test_batches_and_runs_of_impossible_size_are_refused(config):
         training.make_eval_fn(config=odd, **settings)
     with pytest.raises(ValueError, match=r"num_steps \* batch_size = 4294967296 must be below 2\*\*32"):
         training.make_train_fn(config=dataclasses.replace(config, num_steps=2**29), **settings)
+    with pytest.raises(ValueError, match="train.batch_size=0 must be at least 1"):
+        dataclasses.replace(config, batch_size=0)
+    with pytest.raises(ValueError, match="train.learning_rate=0.0 and train.grad_clip=1.0 must be positive"):
+        dataclasses.replace(config, learning_rate=0.0)
+
+
+def test_the_metrics_of_a_step_are_those_that_are_announced(arrays, start, update):
+    _, metrics = update(start, golden.batch_from(arrays, "batch0/"))
+    assert set(metrics) == set(training.METRICS)

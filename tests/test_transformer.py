@@ -149,6 +149,10 @@ def test_what_cannot_be_read_is_refused(params):
         dataclasses.replace(CONFIG, num_heads=3)
     with pytest.raises(ValueError, match='dtype must be "float32" or "bfloat16", got "float16"'):
         dataclasses.replace(CONFIG, dtype="float16")
+    with pytest.raises(ValueError, match="num_layers=0 must be at least 1"):
+        dataclasses.replace(CONFIG, num_layers=0)
+    with pytest.raises(ValueError, match=r"attention_dropout=1.0 must be in \[0, 1\)"):
+        dataclasses.replace(CONFIG, attention_dropout=1.0)
 
 
 def test_initial_parameters_are_distributed_as_the_reference_s():
@@ -196,7 +200,7 @@ def test_dropout_drops_26_of_256_and_preserves_the_expectation():
 def test_dropout_bits_of_a_row_do_not_depend_on_the_batch(arrays, params):
     key = jax.random.key(7)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(5))
-    logits = jax.jit(lambda tokens, key: transformer.apply(params, tokens, config=CONFIG, dropout_key=key))
+    logits = jitted(lambda tokens, key: transformer.apply(params, tokens, config=CONFIG, dropout_key=key))
     whole = logits(arrays["X"], key)
     np.testing.assert_array_equal(logits(arrays["X"], row_keys), whole)
     part = logits(arrays["X"][2:4], row_keys[2:4])
@@ -204,18 +208,20 @@ def test_dropout_bits_of_a_row_do_not_depend_on_the_batch(arrays, params):
     same_tokens = logits(jnp.broadcast_to(arrays["X"][:1], arrays["X"].shape), key)
     assert (np.abs(same_tokens[1:] - same_tokens[:1]).max(axis=(1, 2)) > 0.01).all()
     assert np.abs(logits(arrays["X"], jax.random.key(8)) - whole).max() > 0.01
-    assert np.abs(logits(arrays["X"][:, :9], key)).max() < np.inf
 
 
 @pytest.mark.parametrize("site", ["embedding", "attention", "residual"])
 def test_each_dropout_can_be_switched_off_alone(arrays, params, site):
     off = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
     tokens, key = arrays["X"][:1, :9], jax.random.key(0)
-    without = transformer.apply(params, tokens, config=CONFIG)
+
+    def logits(config, dropout_key):
+        return jitted(transformer.apply, config=config, dropout_key=dropout_key)(params, tokens)
+
+    without = logits(CONFIG, None)
     config = dataclasses.replace(CONFIG, **off)
-    np.testing.assert_array_equal(transformer.apply(params, tokens, config=config, dropout_key=key), without)
-    config = dataclasses.replace(config, **{f"{site}_dropout": 0.3})
-    assert np.abs(transformer.apply(params, tokens, config=config, dropout_key=key) - without).max() > 0.01
+    np.testing.assert_array_equal(logits(config, key), without)
+    assert np.abs(logits(dataclasses.replace(config, **{f"{site}_dropout": 0.3}), key) - without).max() > 0.01
 
 
 def test_bfloat16_is_near_float32(arrays, params):
@@ -302,8 +308,8 @@ def test_parameters_of_numpy_can_be_part_of_a_compiled_function(arrays):
 
 
 def test_the_loss_runs_under_transformations_with_dropout(arrays, params):
-    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:3, None, :9]), golden.batch_from(arrays))
-    keys = jax.random.split(jax.random.key(0), 3)
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:2, None, :9]), golden.batch_from(arrays))
+    keys = jax.random.split(jax.random.key(0), 2)
     check_transforms(
         lambda batch, key: transformer.loss(params, batch, config=CONFIG, dropout_key=key), batch, keys, rtol=1e-4
     )

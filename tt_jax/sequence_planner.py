@@ -113,6 +113,15 @@ def make_plan_fn(
     if config.goal_conditioned:
         raise ValueError("a goal-conditioned model has no rewards to plan by; plan with one trained without goals.")
     model = _Model(config, plan_config, draw_fn)
+    score_fn = score_fn or planning.score_by_value(plan_config.discount)
+
+    def score_once(params, returns, proposal, step):
+        """Let a beam whose observation says that the episode is over go on as one candidate, as ended ones do."""
+        scores = score_fn(params, returns, proposal, step)
+        observed = proposal.tokens[..., : config.spec.observation_dim]
+        ended = (observed == config.spec.stop_token).any(-1) & plan_config.stop_ends_episode
+        is_first = jnp.arange(plan_config.num_expand)[None, None] == 0
+        return jnp.where(ended, jnp.where(is_first, returns[..., None], -jnp.inf), scores)
 
     def plan_fn(params, rng_key, context, observation):
         if observation.shape[-1] != config.spec.observation_dim:
@@ -125,7 +134,7 @@ def make_plan_fn(
             model.root(params, context, observation),
             propose_fn=model.propose,
             advance_fn=model.advance,
-            score_fn=score_fn,
+            score_fn=score_once,
             horizon=plan_config.horizon,
             beam_width=plan_config.beam_width,
             num_expand=plan_config.num_expand,

@@ -146,7 +146,7 @@ def update(
     low_word = state.tokens_seen[1] + real_targets
     carry = (low_word < real_targets).astype(jnp.uint32)
     metrics = transformer.mean_losses(sums, counts)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["learning_rate"] = rate
     state = TrainState(
         params=params,

@@ -38,7 +38,7 @@ class TransformerConfig:
     action_weight: float = 5.0  # of the loss per kind of target token; observations have weight 1
     reward_weight: float = 1.0
     value_weight: float = 1.0
-    dtype: str = "float32"  # of the matrix products; softmax, norms and loss are float32 in any case
+    dtype: str = "float32"  # of the matrix products but the last; softmax, norms and logits are float32 in any case
     goal_conditioned: bool = False  # put one more observation, the goal, in front of the sequence
     reference_goal_mask: bool = False  # hide the columns that the reference hides, which misses the value tokens
 
@@ -199,7 +199,7 @@ def _forward(params, tokens, config, goal, dropout_key):
     x = embed(params, tokens, np.arange(length) % config.spec.transition_dim, np.arange(length), config=config)
     if goal is not None:
         rows = goal + config.spec.num_bins * np.arange(config.spec.observation_dim)[None]
-        x = jnp.concatenate([params["goal_embedding"][rows].astype(x.dtype), x], axis=1)
+        x = jnp.concatenate([jnp.asarray(params["goal_embedding"])[rows].astype(x.dtype), x], axis=1)
     x = dropout(x, config.embedding_dropout, 0)
     visible = visible_keys(config, length)[None, None]
 
@@ -230,10 +230,9 @@ def _forward(params, tokens, config, goal, dropout_key):
 
 def _all_logits(params, x, config):
     dim, length = config.spec.transition_dim, x.shape[1]
-    x = jnp.pad(layer_norm(params["norm"], x), [(0, 0), (0, -length % dim), (0, 0)])
+    x = jnp.pad(layer_norm(params["norm"], x.astype(jnp.float32)), [(0, 0), (0, -length % dim), (0, 0)])
     x = x.reshape(x.shape[0], -1, dim, x.shape[-1])
-    head = params["head"].astype(x.dtype)
-    logits = jnp.einsum("bkde,dev->bkdv", x, head, precision=config.precision, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bkde,dev->bkdv", x, params["head"], precision=config.precision)
     return logits.reshape(x.shape[0], -1, logits.shape[-1])[:, :length]
 
 
@@ -247,9 +246,9 @@ def embed(
     spec = config.spec
     offsets = jnp.broadcast_to(jnp.asarray(dims) * spec.num_bins, tokens.shape)
     rows = jnp.where(tokens == spec.stop_token, spec.num_bins * spec.transition_dim, tokens + offsets)
-    position = params["position_embedding"][positions]
+    position = jnp.asarray(params["position_embedding"])[positions]
     position = position.reshape((1,) * (tokens.ndim + 1 - position.ndim) + position.shape)
-    return (params["token_embedding"][rows] + position).astype(config.dtype)
+    return (jnp.asarray(params["token_embedding"])[rows] + position).astype(config.dtype)
 
 
 def matmul(a: chex.Array, b: chex.Array, *, config: TransformerConfig) -> chex.Array:
@@ -399,7 +398,7 @@ def decode(
 def next_logits(params: types.Params, x: chex.Array, dim: chex.Array, *, config: TransformerConfig) -> chex.Array:
     """Turn the output [..., E] of tokens of dimension `dim` into float32 logits [..., V + 1] of the next token."""
     head = jax.lax.dynamic_index_in_dim(params["head"], dim, keepdims=False)
-    return matmul(layer_norm(params["norm"], x), head, config=config).astype(jnp.float32)
+    return matmul(layer_norm(params["norm"], x.astype(jnp.float32)), head, config=config)
 
 
 def _tree_matmul(a: chex.Array, b: chex.Array, config: TransformerConfig) -> chex.Array:
