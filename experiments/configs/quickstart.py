@@ -18,7 +18,6 @@ def get_config():
     config.data.eval_fraction = 0.05  # share of the episodes that is held out
     config.data.num_bins = 32  # coarse: distances in the maze are learned sooner
 
-    config.model.num_heads = 4
     config.model.max_transitions = 3  # a training step on short windows sees more of the maze
     config.model.embedding_dropout = 0.0  # few passes over the data
     config.model.attention_dropout = 0.0
@@ -33,7 +32,7 @@ def get_config():
     config.train.warmup_tokens = 150_000  # 54 updates
     config.train.final_tokens = 11_100_000  # all updates
     config.train.log_every = 50  # updates
-    config.train.eval_every = 200
+    config.train.eval_every = 400
     config.train.checkpoint_every = 500
 
     config.plan.horizon = 10  # planned transitions
