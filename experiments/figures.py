@@ -46,7 +46,9 @@ def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
     half_width, half_height = maze.x_map_center, maze.y_map_center
     extent = (-half_width, half_width, -half_height, half_height)
     axes.imshow(np.where(walls, 1.0, np.nan), extent=extent, cmap="Greys", vmin=0.0, vmax=1.6, interpolation="nearest")
-    axes.set(aspect="equal", xlabel="x", ylabel="y")
+    margin = maze.maze_size_scaling / 2  # of the outer wall half a cell is enough
+    limits = {"xlim": (margin - half_width, half_width - margin), "ylim": (margin - half_height, half_height - margin)}
+    axes.set(aspect="equal", xlabel="x", ylabel="y", **limits)
 
 
 def draw_trajectories(axes: matplotlib.axes.Axes, positions: np.ndarray, goals: np.ndarray, *, colours=None) -> None:

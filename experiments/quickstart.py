@@ -295,7 +295,7 @@ def _draw(workdir, played):
     left.set_title(f"Beam search: what it did in {len(goals[:SHOWN_EPISODES])} episodes")
     figures.draw_trajectories(right, positions[[longest]], goals[[longest]], colours=["0.6"])
     colours = figures.draw_plans(right, record["plans"][longest], limit=EPISODE_STEPS)
-    figure.colorbar(colours, ax=right, label="environment step of the plan", shrink=0.8)
+    figure.colorbar(colours, ax=right, label="environment step at which the plan was made", shrink=0.8)
     right.set_title("What it imagined: the best plans of one episode")
     for axes in (left, right):
         figures.add_maze_legend(axes)

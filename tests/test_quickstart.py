@@ -7,15 +7,16 @@ import signal
 import subprocess
 import sys
 
+import gymnasium
 import numpy as np
 import pytest
 
-from experiments import waypoint_controller
+from experiments import action_repeat, recording
 from tt_jax import checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 COMMAND = [
-    *(sys.executable, "-m", "experiments.quickstart", "--workdir=run", "--steps=1000", "--num_episodes=2"),
+    *(sys.executable, "-m", "experiments.quickstart", "--workdir=run", "--data_episodes=4", "--num_episodes=2"),
     *("--config.train.num_steps=6", "--config.train.batch_size=8", "--config.train.log_every=2"),
     *("--config.train.eval_every=3", "--config.train.checkpoint_every=3", "--config.model.num_layers=1"),
     *("--config.model.num_heads=1", "--config.model.embed_dim=8", "--config.plan.beam_width=2"),
@@ -58,7 +59,7 @@ def test_the_run_leaves_data_model_results_and_figures(finished):
     for name in ("learning_curve.png", "maze.png"):
         assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
     results = json.loads((workdir / "results.json").read_text())
-    assert results["data"]["transitions"] == 1200 and results["data"]["episodes"] == 4
+    assert results["data"]["transitions"] == 240 and results["data"]["episodes"] == 4
     assert list(results["policies"]) == ["random", "behaviour", "behaviour without noise", "beam search"]
     for policy in results["policies"].values():
         assert len(policy["returns"]) == 2
@@ -76,15 +77,28 @@ def test_all_policies_play_the_same_episodes(finished):
     for record in records:
         np.testing.assert_array_equal(record["positions"][:, 0], records[0]["positions"][:, 0])
         np.testing.assert_array_equal(record["goals"], records[0]["goals"])
-        # the reward, and so the return, follows from the positions
-        distance = np.linalg.norm(record["positions"][:, 1:] - record["goals"][:, None], axis=-1)
-        np.testing.assert_allclose(np.exp(-distance).sum(axis=1), record["returns"], rtol=1e-4)
+        assert record["positions"].shape == (2, 61, 2)
+    plans = np.load(workdir / "control" / "beam_search.npz")["plans"]
+    assert plans.shape == (2, 20, 10, 2)  # a plan of 10 steps after every third of 60 actions
+    assert np.abs(plans).max() < 1.5  # inside the maze
 
 
-def test_noise_of_the_behaviour_policy_is_held(finished):
+def test_the_checkpoint_brings_the_environment_back(finished):
     workdir, *_ = finished
-    del workdir
-    assert waypoint_controller.NOISE_HOLD == 20
+    spec = gymnasium.envs.registration.EnvSpec.from_json(checkpoints.restore(workdir).run["env_spec"])
+    env = recording.make_env(spec)
+    observation, _ = env.reset(seed=0)
+    played = np.load(workdir / "control" / "random.npz")
+    np.testing.assert_allclose(observation["desired_goal"], played["goals"][0], rtol=1e-6)
+    rewards = []
+    truncated = False
+    while not truncated:
+        observation, reward, _, truncated, _ = env.step(np.zeros(2, np.float32))
+        rewards.append(reward)
+    assert len(rewards) == 60
+    # without force the point rests, and each of the 5 steps pays exp(-distance)
+    distance = np.linalg.norm(observation["achieved_goal"] - observation["desired_goal"])
+    np.testing.assert_allclose(rewards, 5 * np.exp(-distance), rtol=1e-6)
 
 
 def test_a_finished_run_says_so_at_once(finished):
@@ -102,3 +116,18 @@ def test_a_workdir_of_other_settings_is_refused(finished):
     refused = _quickstart(workdir.parent, "--seed=1")
     assert refused.returncode == 2
     assert "use another --workdir" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_repeated_actions_add_up_rewards_until_the_episode_ends():
+    class Count(gymnasium.Env):
+        observation_space = action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+        count = 0
+
+        def step(self, action):
+            self.count += 1
+            return action, float(self.count), self.count == 8, False, {}
+
+    env = action_repeat.ActionRepeat(Count(), 5)
+    action = np.zeros(1, np.float32)
+    assert env.step(action)[1:4] == (1 + 2 + 3 + 4 + 5, False, False)
+    assert env.step(action)[1:4] == (6 + 7 + 8, True, False)
