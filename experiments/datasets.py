@@ -29,6 +29,12 @@ def data_config(settings) -> trajectories.DataConfig:
     return entry.to_dataclass(trajectories.DataConfig, {name: settings[name] for name in names & set(settings)})
 
 
+def env_spec(dataset_id: str) -> str | None:
+    """Return the specification of the environment to play in, as JSON: the one for evaluation where there is one."""
+    dataset = minari.load_dataset(dataset_id)
+    return dataset.storage.metadata.get("eval_env_spec") or (dataset.env_spec and dataset.env_spec.to_json())
+
+
 def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dataset:
     """Load, tokenise and split `config.dataset`; raises ValueError if the data cannot be used.
 
@@ -61,7 +67,6 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
         rows = np.concatenate([np.arange(loaded.offsets[e], loaded.offsets[e + 1]) for e in episodes])
         return trajectories.token_store(tokens[rows], part, num_bins=spec.num_bins)
 
-    env_spec = minari.load_dataset(config.dataset).env_spec
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
@@ -76,7 +81,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
         tokenizer=tokenizer,
         train=store(train_episodes),
         held_out=store(held_out_episodes) if len(held_out_episodes) else None,
-        env_spec=env_spec and env_spec.to_json(),
+        env_spec=env_spec(config.dataset),
     )
 
 

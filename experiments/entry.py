@@ -37,7 +37,7 @@ except ImportError:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
-ESSENTIAL_FIELDS = ("dataset", "data", "model")  # a checkpoint is of no use when one of these changes
+ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql")  # a checkpoint is of no use when one of these changes
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(

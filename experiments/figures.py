@@ -51,6 +51,19 @@ def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
     axes.set(aspect="equal", xlabel="x", ylabel="y", **limits)
 
 
+def draw_values(
+    axes: matplotlib.axes.Axes, maze, positions: np.ndarray, values: np.ndarray
+) -> matplotlib.cm.ScalarMappable:
+    """Draw the mean of `values` [n] at each place of `positions` [n, 2] as a heat map; for a colour bar, return how."""
+    cells_per_maze_cell = 4
+    bins = [cells_per_maze_cell * maze.map_width, cells_per_maze_cell * maze.map_length]
+    limits = [(-maze.x_map_center, maze.x_map_center), (-maze.y_map_center, maze.y_map_center)]
+    total, *_ = np.histogram2d(*positions.T, bins=bins, range=limits, weights=values)
+    count, *_ = np.histogram2d(*positions.T, bins=bins, range=limits)
+    mean = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    return axes.imshow(mean.T, extent=np.ravel(limits), origin="lower", cmap="viridis", interpolation="nearest")
+
+
 def draw_trajectories(axes: matplotlib.axes.Axes, positions: np.ndarray, goals: np.ndarray, *, colours=None) -> None:
     """Draw paths [E, T, 2], each in a colour of its own, from a ring at the start to a star at the goal [E, 2]."""
     colours = colours or [f"C{i % 10}" for i in range(len(positions))]

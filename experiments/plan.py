@@ -6,24 +6,22 @@ The newest checkpoint in the workdir brings its environment, its observation lay
 --plan.* replace them, e.g. --plan.horizon=15 --plan.beam_width=32.
 """
 
-import collections
 import dataclasses
 import functools
 import json
 import pathlib
 import time
 
-import gymnasium
 import jax
 import minari
 import numpy as np
-import tqdm
 from absl import flags
 
-from experiments import entry, recording
-from tt_jax import checkpoints, rollouts, sequence_planner, trajectories, transformer
+from experiments import control, datasets, entry
+from tt_jax import rollouts, sequence_planner, transformer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
 NUM_EPISODES = flags.DEFINE_integer("num_episodes", 20, "Episodes to play.", 1)
 NUM_ENVS = flags.DEFINE_integer(
     "num_envs", 10, "Environments that are planned together; each episode has its own seed.", 1
@@ -67,53 +65,41 @@ PLAN = {
 
 
 def main(_):
-    checkpoint = checkpoints.restore(WORKDIR.value)
+    checkpoint = control.restore(WORKDIR.value, transformer.TransformerConfig, program="train_tt")
     run, model = checkpoint.run, checkpoint.config
-    if not isinstance(model, transformer.TransformerConfig):
-        raise ValueError(
-            f"{WORKDIR.value} holds a {type(model).__name__}; planning needs a run of experiments.train_tt."
-        )
     overrides = {name: flag.value for name, flag in PLAN.items() if flag.value is not None}
+    learners = None
+    if IQL_WORKDIR.value:
+        guide = control.restore_iql(IQL_WORKDIR.value, run)
+        learners, overrides = guide.params, {"discount": guide.config.discount} | overrides
+        if overrides["discount"] != guide.config.discount:
+            raise ValueError(
+                f"--plan.discount={overrides['discount']} must be that of the Q-function, {guide.config.discount}."
+            )
     plan_config = entry.to_dataclass(
         sequence_planner.PlanConfig, {"discount": run["data"]["discount"]} | run["plan"] | overrides
     )
-    data_fields = {field.name for field in dataclasses.fields(trajectories.DataConfig)}
-    data_config = entry.to_dataclass(
-        trajectories.DataConfig, {name: value for name, value in run["data"].items() if name in data_fields}
-    )
-    plan_fn = jax.jit(sequence_planner.make_plan_fn(config=model, plan_config=plan_config))
-
-    make_env = functools.partial(_make_env, run)
+    data_config = datasets.data_config(run["data"])
+    make_env = functools.partial(control.make_env, run, env_id=ENV.value, goal=GOAL.value or ())
     envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
     rollouts.check_spaces(envs, model.spec, config=data_config)
     out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
-    params = sequence_planner.PlannerParams(transformer=checkpoint.params, discretizer=checkpoint.tokenizer)
-    policy = rollouts.plan_policy(
-        plan_fn,
-        jax.device_put(params),
-        jax.random.key(SEED.value),
-        discretizer=checkpoint.tokenizer,
-        spec=model.spec,
-        context_transitions=plan_config.context_transitions,
-        replan_every=plan_config.replan_every,
-        max_batch=envs.num_envs,
-    )
-    # Compile the full batch before the clock starts; the smaller ones of the last episodes are compiled on the way.
+    policy = control.plan_policy(checkpoint, plan_config, seed=SEED.value, max_batch=envs.num_envs, learners=learners)
     started = time.time()
-    start = rollouts.Episode(seed=0, observations=[np.zeros(model.spec.observation_dim, np.float32)])
-    policy([start] * envs.num_envs)
+    control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
-    episodes, num_plans = _play(envs, policy, data_config)
+    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
+    episodes, num_plans = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
     seconds = time.time() - compiled
 
     results = {
         "checkpoint_step": checkpoint.step,
         "environment": envs.envs[0].spec.id,
         "dataset": run["dataset"],
-        **_summarize(episodes, None if ENV.value else _open_dataset(run["dataset"])),
+        **control.summarize(episodes, None if ENV.value else _open_dataset(run["dataset"])),
         "num_plans": num_plans,
         "plans_per_second": num_plans / seconds,
         "wall_time_s": seconds,
@@ -121,7 +107,7 @@ def main(_):
         "device": jax.devices()[0].device_kind,
         "commit": entry.commit_id(),
         "settings": {
-            **{flag.name: flag.value for flag in (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)},
+            **{flag.name: flag.value for flag in (WORKDIR, IQL_WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)},
             "plan": dataclasses.asdict(plan_config),
         },
     }
@@ -143,61 +129,6 @@ def _result_file() -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"--out={OUT.value} cannot be written: {error}.") from error
     return out
-
-
-def _make_env(run, **kwargs) -> gymnasium.Env:
-    spec = ENV.value or run.get("env_spec")
-    if not spec:
-        raise ValueError("the dataset of this checkpoint names no environment; pass --env=ID.")
-    env = recording.make_env(ENV.value or gymnasium.envs.registration.EnvSpec.from_json(spec), **kwargs)
-    return rollouts.FixedGoal(env, GOAL.value) if GOAL.value else env
-
-
-def _play(envs, policy, data_config) -> tuple[list[rollouts.Episode], int]:
-    """Run all episodes behind a progress bar; also count the plans."""
-    returns, counts = [], collections.Counter()
-    with tqdm.tqdm(total=NUM_EPISODES.value, unit="episode", desc="plan", miniters=0) as progress:
-
-        def counted_policy(episodes):
-            actions = policy(episodes)
-            counts["plans"] += len(episodes)
-            rate = counts["plans"] / (time.time() - progress.start_t)
-            average = f"{np.mean(returns):.1f}" if returns else "-"
-            progress.set_postfix_str(f"return {average}, {rate:.1f} plans/s", refresh=False)
-            progress.update(0)
-            return actions
-
-        def on_finish(episode):
-            returns.append(episode.total_reward)
-            progress.update()
-
-        seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
-        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=data_config, on_finish=on_finish)
-    return episodes, counts["plans"]
-
-
-def _summarize(episodes, dataset) -> dict:
-    """List the episodes, and the mean and standard error of each number; what is unknown is None."""
-    returns = [episode.total_reward for episode in episodes]
-    scores = rollouts.normalized_scores(returns, dataset) if dataset else None
-    columns = {
-        "return": returns,
-        "normalized_score": [None] * len(episodes) if scores is None else scores.tolist(),
-        "length": [episode.length for episode in episodes],
-        "success": [episode.success for episode in episodes],
-    }
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return {
-        **{name: _mean_and_error(values) for name, values in columns.items()},
-        "episodes": [{"seed": episode.seed} | row for episode, row in zip(episodes, rows, strict=True)],
-    }
-
-
-def _mean_and_error(values) -> dict:
-    if None in values:
-        return {"mean": None, "standard_error": None}
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error and float(error)}
 
 
 def _print_table(results):

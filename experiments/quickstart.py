@@ -6,7 +6,6 @@ Minutes on 2 CPU cores. What is done is kept in the workdir: the same command go
 where the results are. The dataset is stored there, too, not among the user's own Minari datasets.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -20,7 +19,17 @@ from absl import flags, logging
 from matplotlib.figure import Figure
 from minari.data_collector import EpisodeBuffer
 
-from experiments import action_repeat, datasets, entry, figures, recording, train_tt, waypoint_controller
+from experiments import (
+    action_repeat,
+    control,
+    datasets,
+    entry,
+    figures,
+    recording,
+    stages,
+    train_tt,
+    waypoint_controller,
+)
 from tt_jax import checkpoints, rollouts, sequence_planner, tokenization
 
 # The flags of training serve here, too, with other defaults.
@@ -47,20 +56,19 @@ def main(_):
     preemption = entry.Preemption()
     workdir = pathlib.Path(WORKDIR.value)
     CONFIG.value.seed = SEED.value
-    if _is_done(workdir):
-        logging.info("%s is done; another --workdir starts anew.", workdir)
+    if stages.is_done(workdir, _settings()):
         _report(workdir)
         return
     config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=workdir)
     os.environ["MINARI_DATASETS_PATH"] = str(workdir.resolve() / "datasets")
     started = time.time()
-    with _stage("1/4 collect data with a scripted controller"):
-        data = _once(workdir / "data.json", lambda: _collect(config.dataset, preemption))
-    with _stage("2/4 train the Trajectory Transformer"):
+    with stages.stage("1/4 collect data with a scripted controller"):
+        data = stages.once(workdir / "data.json", lambda: _collect(config.dataset, preemption))
+    with stages.stage("2/4 train the Trajectory Transformer"):
         train_tt.train(config, workdir, preemption=preemption)
-    with _stage("3/4 control the maze"):
+    with stages.stage("3/4 control the maze"):
         played = {name: _control(workdir, name, preemption) for name in POLICIES}
-    with _stage("4/4 draw figures"):
+    with stages.stage("4/4 draw figures"):
         _draw(workdir, played)
     results = {
         "environment": "PointMaze_UMaze-v3 with dense reward",
@@ -71,46 +79,13 @@ def main(_):
         "commit": entry.commit_id(),
         "settings": _settings(),
     }
-    _write_json(workdir / "results.json", results)
+    stages.write_json(workdir / "results.json", results)
     _report(workdir)
 
 
 def _settings() -> dict:
     numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
-    return json.loads(json.dumps(numbers | {"config": CONFIG.value.to_dict()}))
-
-
-def _is_done(workdir) -> bool:
-    """Say whether the results are there; raise UsageError if the workdir was made with other settings."""
-    path = workdir / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != _settings():
-        raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_json(path, _settings())
-    return (workdir / "results.json").exists()
-
-
-@contextlib.contextmanager
-def _stage(title):
-    logging.info("%s", title)
-    started = time.time()
-    yield
-    logging.info("%s: %.0f s\n", title, time.time() - started)
-
-
-def _once(path, make):
-    """Return what `path` holds, or make it and write it there."""
-    if path.exists():
-        logging.info("already done")
-    else:
-        _write_json(path, make())
-    return json.loads(path.read_text())
-
-
-def _write_json(path, value):
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    return numbers | {"config": CONFIG.value.to_dict()}
 
 
 # 1. Data
@@ -151,7 +126,7 @@ def _collect(dataset_id, preemption) -> dict:
     return {
         "episodes": len(episodes),
         "transitions": sum(episode.length for episode in episodes),
-        "return": _mean_and_error(returns),
+        "return": control.mean_and_error(returns),
     }
 
 
@@ -249,28 +224,14 @@ def _plan_policy(workdir, plans) -> rollouts.Policy:
     """Make the policy that plans with the trained model, compiled; it appends the positions it imagines to `plans`."""
     checkpoint = checkpoints.restore(workdir)
     config = entry.to_dataclass(sequence_planner.PlanConfig, CONFIG.value.plan, discount=CONFIG.value.data.discount)
-    plan_fn = jax.jit(sequence_planner.make_plan_fn(config=checkpoint.config, plan_config=config))
 
-    def noted_plan_fn(*arguments):
-        output = plan_fn(*arguments)
+    def note(output):
         tokens = np.asarray(output.tokens)[..., :2]
         plans.append(tokenization.decode(checkpoint.tokenizer, tokens, dims=slice(2)).astype(np.float32))
-        return output
 
-    params = sequence_planner.PlannerParams(transformer=checkpoint.params, discretizer=checkpoint.tokenizer)
-    policy = rollouts.plan_policy(
-        noted_plan_fn,
-        jax.device_put(params),
-        jax.random.key(SEED.value),
-        discretizer=checkpoint.tokenizer,
-        spec=checkpoint.config.spec,
-        context_transitions=config.context_transitions,
-        replan_every=config.replan_every,
-        max_batch=NUM_EPISODES.value,
-    )
+    policy = control.plan_policy(checkpoint, config, seed=SEED.value, max_batch=NUM_EPISODES.value, on_plan=note)
     logging.info("compiling the planner")
-    start = rollouts.Episode(seed=0, observations=[np.zeros(checkpoint.config.spec.observation_dim, np.float32)])
-    policy([start] * NUM_EPISODES.value)
+    control.compile_policy(policy, checkpoint.config.spec.observation_dim, NUM_EPISODES.value)
     plans.clear()
     return policy
 
@@ -302,14 +263,10 @@ def _draw(workdir, played):
     figures.save(figure, workdir / "figures" / "maze.png")
 
 
-def _mean_and_error(values) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "standard_error": float(np.std(values, ddof=1) / np.sqrt(len(values)))}
-
-
 def _summarize(record) -> dict:
     return {
-        "return": _mean_and_error(record["returns"]),
-        "success": _mean_and_error(record["successes"]),
+        "return": control.mean_and_error(record["returns"]),
+        "success": control.mean_and_error(record["successes"]),
         "ms_per_action": 1000 * float(record["seconds_per_action"]),
         "returns": record["returns"].tolist(),
     }

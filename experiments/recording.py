@@ -35,12 +35,20 @@ def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
 
 
 def write(
-    dataset_id: str, episodes: Iterable[EpisodeBuffer], *, env: gymnasium.Env, **metadata
+    dataset_id: str,
+    episodes: Iterable[EpisodeBuffer],
+    *,
+    env: gymnasium.Env,
+    eval_env: gymnasium.Env | None = None,
+    **metadata,
 ) -> minari.MinariDataset:
-    """Write `episodes` as the Minari dataset `dataset_id`, in place of an existing one; `metadata` is Minari's."""
+    """Write `episodes` as the Minari dataset `dataset_id`, in place of an existing one; `metadata` is Minari's.
+
+    `eval_env` is the environment to evaluate in; without it, that of the data.
+    """
     path = minari.storage.get_dataset_path(dataset_id)
     if path.exists():
         minari.delete_dataset(dataset_id)
     with warnings.catch_warnings():  # Minari asks for author and permalink, which concern published datasets
         warnings.simplefilter("ignore", UserWarning)
-        return minari.create_dataset_from_buffers(dataset_id, episodes, env=env, eval_env=env, **metadata)
+        return minari.create_dataset_from_buffers(dataset_id, episodes, env=env, eval_env=eval_env or env, **metadata)

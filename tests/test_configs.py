@@ -3,27 +3,37 @@
 import pytest
 
 from experiments import entry
-from experiments.configs import locomotion, maze, quickstart
-from tt_jax import sequence_planner, training, trajectories, transformer, types
+from experiments.configs import antmaze, locomotion, maze, quickstart, sparse_maze
+from tt_jax import iql, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
-CONFIGS = [maze.get_config(), quickstart.get_config(), *(locomotion.get_config(name) for name in LOCOMOTION)]
+ANTMAZE = [f"{name}{size}" for name in antmaze.MAZES for size in ("", "-cpu")]
+CONFIGS = {
+    **{module.__name__.split(".")[-1]: module.get_config() for module in (maze, quickstart, sparse_maze)},
+    **{name: locomotion.get_config(name) for name in LOCOMOTION},
+    **{f"antmaze-{name}": antmaze.get_config(name) for name in ANTMAZE},
+}
 TOKENIZER_FIELDS = ("eval_fraction", "num_bins", "method", "distinct_values")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["maze", "quickstart", *LOCOMOTION])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_field_belongs_to_a_record(config):
     data = {name: value for name, value in config.data.items() if name not in TOKENIZER_FIELDS}
-    assert set(config) == {"seed", "dataset", "data", "model", "train", "plan"}
+    parts = {"seed", "dataset", "data", "model", "train", "plan", "iql", "iql_train", "eval"}
+    assert set(config) - {"table"} == parts
     assert len(config.data) == len(data) + len(TOKENIZER_FIELDS)
     entry.to_dataclass(trajectories.DataConfig, data)
     spec = types.TransitionSpec(observation_dim=4, action_dim=2, num_bins=config.data.num_bins)
     entry.to_dataclass(transformer.TransformerConfig, config.model, spec=spec)
     entry.to_dataclass(training.TrainConfig, config.train)
     entry.to_dataclass(sequence_planner.PlanConfig, config.plan, discount=config.data.discount)
+    settings = {name: value for name, value in config.iql.items() if name != "actor_cosine"}
+    entry.to_dataclass(iql.IQLConfig, settings, observation_dim=4, action_dim=2)
+    entry.to_dataclass(training.IQLTrainConfig, config.iql_train)
+    assert config.plan.window[0] <= config.model.max_transitions
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["maze", "quickstart", *LOCOMOTION])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_unknown_fields_fail(config):
     with pytest.raises(AttributeError, match="leraning_rate"):
         config.train.leraning_rate = 1.0
@@ -56,3 +66,17 @@ def test_planning_is_that_of_the_paper(name, horizon, beam_width, action_cdf, ac
 def test_an_unknown_selection_lists_the_known_ones():
     with pytest.raises(ValueError, match="hoper-medium.*hopper-medium"):
         locomotion.get_config("hoper-medium")
+
+
+def test_iql_is_that_of_the_paper():
+    ant, hopper = antmaze.get_config("large-play").iql, locomotion.get_config("hopper-medium").iql
+    assert (ant.expectile, ant.temperature, ant.reward_units) == (0.9, 10.0, "minus_one")
+    assert (hopper.expectile, hopper.temperature, hopper.reward_units) == (0.7, 3.0, "return_range")
+    for config in (ant, hopper):
+        assert (config.hidden_dims, config.tau, config.discount, config.learning_rate) == (
+            (256, 256),
+            0.005,
+            0.99,
+            3e-4,
+        )
+    assert antmaze.get_config("large-play").dataset == "D4RL/antmaze/large-play-v1"

@@ -85,6 +85,44 @@ def test_a_value_shows_the_way_where_rewards_come_too_late():
     np.testing.assert_allclose(plans.scores, [[DISCOUNT**4 * 4]], rtol=1e-6)
 
 
+def test_a_q_function_counts_once_and_from_its_own_step_on():
+    # By hand: rewards 1, 2, 3 so far are worth 1 + 0.9 * 2 + 0.81 * 3, and Q stands for the fourth step and after.
+    def q_fn(params, observation, action):
+        return params * observation[..., 0] + action[..., 0]
+
+    returns = jnp.asarray([[1 + 0.9 * 2 + 0.81 * 3]])
+    proposal = make_proposal(jnp.asarray([[[0, 5]]]), jnp.full([1, 1, 2], 100.0))
+    proposal = proposal.replace(observation=jnp.full([1, 1, 1], 7.0))
+    score_fn = planning.score_by_q(q_fn, discount=0.9)
+    scores = score_fn(2.0, returns, proposal, 3)
+    np.testing.assert_allclose(scores, [[[5.23 + 0.729 * 14, 5.23 + 0.729 * 19]]], rtol=1e-6)
+
+
+def test_the_q_function_of_a_chain_leads_to_a_reward_beyond_the_horizon():
+    # A ring of 10 places; the reward is 1 for stepping onto place 0, 6 steps ahead to the right, 4 to the left.
+    num_places, horizon = 10, 2
+    value = np.zeros(num_places)
+    for _ in range(100):
+        after = {move: [(place + move) % num_places for place in range(num_places)] for move in (-1, 1)}
+        q = {move: np.array([(p == 0) + DISCOUNT * value[p] * (p != 0) for p in after[move]]) for move in (-1, 1)}
+        value = np.maximum(q[-1], q[1])
+    table = jnp.asarray(np.stack([q[-1], q[1]], axis=-1), jnp.float32)
+
+    def propose(params, rng_key, state, step):
+        action = every_action(state, 2)
+        proposal = make_proposal(action, jnp.zeros(action.shape))
+        after = (state[..., None] + 2 * action - 1) % num_places
+        return proposal.replace(observation=state[..., None].astype(jnp.float32)), after
+
+    def q_fn(params, observation, action):
+        return params[observation[..., 0].astype(int), action[..., 0].astype(int)]
+
+    score_fn = planning.score_by_q(q_fn, discount=DISCOUNT)
+    plans = search(propose, jnp.full([1, 4], 4), params=table, num_expand=2, horizon=horizon, score_fn=score_fn)
+    np.testing.assert_array_equal(plans.actions[0, :, 0], [0, 0])
+    np.testing.assert_allclose(plans.scores[0, 0], DISCOUNT**3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("discount", [1.0, 0.7])
 def test_with_a_beam_for_every_plan_the_brute_force_optimum_is_found(discount):
     # Beam w follows plan w: its digits are the actions.

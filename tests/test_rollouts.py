@@ -261,3 +261,8 @@ def test_a_fixed_goal_stands_still_while_the_start_moves():
     assert len(np.unique(observations[:, 0, 2])) == 3
     with pytest.raises(ValueError, match="maze"):
         rollouts.FixedGoal(Walk(), [0.0, 0.0])
+    for goal in ([0.0, 0.0], [9.0, 0.0]):
+        with pytest.raises(ValueError, match="in a wall or outside of the maze"):
+            rollouts.FixedGoal(gymnasium.make("PointMaze_UMaze-v3"), goal)
+    again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(make_env().spec.to_json()))
+    np.testing.assert_array_equal(again.reset(seed=0)[0]["desired_goal"], [1.0, -1.0])

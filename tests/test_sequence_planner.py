@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import chex
 import golden
@@ -11,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from tt_jax import planning, sampling, sequence_planner, tokenization, transformer, types
+from tt_jax import iql, planning, sampling, sequence_planner, tokenization, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=8)
 CONFIG = transformer.TransformerConfig(spec=SPEC, num_layers=2, num_heads=2, embed_dim=16, max_transitions=10)
@@ -395,6 +396,38 @@ def test_a_score_fn_replaces_the_score_and_sees_the_whole_proposal():
     arguments = (random_table(plan_config, 2, 0), False, params, *random_roots(size=2, lengths=(2, 0)))
     got = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)(*arguments)
     assert_same_plans(got, make(oracle.make_plan_fn)(*arguments))
+
+
+def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
+    plan_config = sequence_planner.PlanConfig(horizon=4, beam_width=4, num_expand=2, window=(3, 2), discount=0.8)
+    iql_config = iql.IQLConfig(observation_dim=3, action_dim=2, hidden_dims=(8, 8))
+    units = {
+        "observation_mean": np.ones(3),
+        "observation_std": np.full(3, 2.0),
+        "reward_scale": 3.0,
+        "reward_shift": -0.5,
+    }
+    init = functools.partial(iql.init, config=iql_config, units=units)
+    learners = jax.vmap(init)(jax.random.split(jax.random.key(1), 2)).params
+    params = random_params(stop_logit=-20.0).replace(extra=learners)
+
+    def plain_score_fn(params, returns, proposal, step):
+        """Add up rewards one by one: 3 r - 0.5 each; then the least of two learners' two critics."""
+        shift = -0.5 * sum(0.8**k for k in range(step))
+        place = proposal.observation[:, :, None], proposal.action
+        first, second = (jax.tree.map(operator.itemgetter(i), learners) for i in range(2))
+        least = np.minimum(iql.q_values(first, *place).min(axis=0), iql.q_values(second, *place).min(axis=0))
+        return (3 * returns + shift)[..., None] + 0.8**step * least
+
+    roots = random_roots(size=2, lengths=[0, 2])
+    table = random_table(plan_config, 2, seed=3)
+    settings = {"config": CONFIG, "plan_config": plan_config}
+    expected = make_drawn_plan_fn(oracle.make_plan_fn, **settings, score_fn=plain_score_fn)(
+        np.asarray(table), False, params, *roots
+    )
+    guided = sequence_planner.guide_by_q(discount=0.8)
+    got = jax.jit(make_drawn_plan_fn(sequence_planner.make_plan_fn, **settings, **guided))(table, False, params, *roots)
+    assert_same_plans(got, expected, atol=1e-3)
 
 
 def test_memory_does_not_hold_the_context_once_per_beam():

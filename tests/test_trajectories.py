@@ -66,6 +66,7 @@ def reference_trajectories():
     offsets = np.concatenate([[0], np.cumsum(SEGMENTS["step1/path_lengths"])])
     return trajectories.Trajectories(
         observations=flat["observations"],
+        final_observations=np.zeros([len(offsets) - 1, flat["observations"].shape[1]]),
         actions=flat["actions"],
         rewards=flat["rewards"][:, 0],
         offsets=offsets,
@@ -79,6 +80,7 @@ def made_trajectories(lengths, *, terminated=None, seed=0):
     num_steps = sum(lengths)
     return trajectories.Trajectories(
         observations=rng.normal(size=(num_steps, 3)),
+        final_observations=rng.normal(size=(len(lengths), 3)),
         actions=rng.normal(size=(num_steps, 2)),
         rewards=rng.normal(size=num_steps),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
@@ -312,3 +314,21 @@ def test_select_keeps_whole_episodes():
     np.testing.assert_array_equal(chosen.terminated, [True, False])
     nothing = trajectories.select(data, [])
     assert len(nothing.rewards) == 0 and trajectories.num_windows(nothing.offsets) == 0
+
+
+def test_single_steps_for_iql_end_where_the_episode_says_and_only_terminals_are_final():
+    data = made_trajectories([3, 1, 2], terminated=[True, False, False])
+    data = dataclasses.replace(data, actions=np.clip(data.actions, -1, 1))
+    steps = trajectories.iql_transitions(data)
+    row = 0
+    for episode, length in enumerate([3, 1, 2]):
+        observations = [*data.observations[row : row + length], data.final_observations[episode]]
+        for step in range(length):
+            np.testing.assert_array_equal(steps.observations[row], np.float32(observations[step]))
+            np.testing.assert_array_equal(steps.next_observations[row], np.float32(observations[step + 1]))
+            assert steps.not_terminal[row] == (0 if episode == 0 and step == length - 1 else 1)
+            row += 1
+    np.testing.assert_array_equal(steps.rewards, np.float32(data.rewards))
+    assert np.abs(steps.actions).max() == np.float32(1 - 1e-5)
+    with pytest.raises(ValueError, match="within"):
+        trajectories.iql_transitions(dataclasses.replace(data, actions=2 * np.ones_like(data.actions)))

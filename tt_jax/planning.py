@@ -37,6 +37,20 @@ def score_by_value(discount: float) -> Callable[..., chex.Array]:
     return score_fn
 
 
+def score_by_q(q_fn: Callable[..., chex.Array], *, discount: float) -> Callable[..., chex.Array]:
+    """Return the score_fn of a search that a Q-function guides: rewards before this step, and Q of this step.
+
+    `q_fn(params, observation [B, W, 1, N], action [B, W, K, A]) -> [B, W, K]`. Q contains this step's reward, so the
+    predicted one is not counted. The caller keeps the rewards of the proposals in Q's units.
+    """
+
+    def score_fn(params, returns, proposal, step):
+        q = q_fn(params, proposal.observation[:, :, None], proposal.action)
+        return returns[..., None] + discount**step * q
+
+    return score_fn
+
+
 def beam_plan(
     params: types.Params,
     rng_key: chex.PRNGKey,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import minari
 import numpy as np
 
-from tt_jax import tokenization, trajectories, types
+from tt_jax import iql, tokenization, trajectories, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +147,11 @@ def plan_policy(
     return policy
 
 
+def observation_policy(act_fn: Callable[[np.ndarray], np.ndarray]) -> Policy:
+    """Make a policy of `act_fn(observation [b, N] float32) -> action [b, A]`, one action at a time."""
+    return lambda episodes: act_fn(np.stack([episode.observations[-1] for episode in episodes]))[:, None]
+
+
 def encode_context(
     episodes: Sequence[Episode],
     *,
@@ -172,7 +177,10 @@ def encode_context(
 
 
 def check_spaces(
-    envs: gymnasium.vector.VectorEnv, spec: types.TransitionSpec, *, config: trajectories.DataConfig
+    envs: gymnasium.vector.VectorEnv,
+    spec: types.TransitionSpec | iql.IQLConfig,
+    *,
+    config: trajectories.DataConfig,
 ) -> None:
     """Raise ValueError unless the environments have the observation and action sizes of `spec`."""
     try:
@@ -197,14 +205,21 @@ def normalized_scores(returns: np.ndarray, dataset: minari.MinariDataset) -> np.
         return None
 
 
-class FixedGoal(gymnasium.Wrapper):
+class FixedGoal(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """A gymnasium-robotics maze whose goal stands at `goal` [2] after each reset; the start keeps its noise."""
 
     def __init__(self, env: gymnasium.Env, goal: Sequence[float]):
         if not hasattr(env.unwrapped, "update_target_site_pos"):
             raise ValueError(f"a goal can only be fixed in a maze of gymnasium-robotics, not in {env}.")
+        gymnasium.utils.RecordConstructorArgs.__init__(self, goal=tuple(goal))
         super().__init__(env)
         self._goal = np.asarray(goal, np.float64)
+        maze = env.unwrapped.maze
+        row, column = maze.cell_xy_to_rowcol(self._goal)
+        inside = 0 <= row < maze.map_length and 0 <= column < maze.map_width
+        if not inside or maze.maze_map[row][column] == 1:
+            limits = f"|x| < {maze.x_map_center}, |y| < {maze.y_map_center}"
+            raise ValueError(f"the goal {tuple(goal)} is in a wall or outside of the maze ({limits}).")
 
     def reset(self, **kwargs) -> tuple[dict, dict]:
         observation, info = self.env.reset(**kwargs)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tt_jax import planning, sampling, tokenization, transformer, types
+from tt_jax import iql, planning, sampling, tokenization, transformer, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +92,15 @@ def make_plan_fn(
     config: transformer.TransformerConfig,
     plan_config: PlanConfig,
     score_fn: Callable[..., chex.Array] | None = None,
+    reward_fn: Callable[..., chex.Array] | None = None,
     draw_fn: Callable[..., chex.Array] | None = None,
 ) -> Callable[[PlannerParams, chex.PRNGKey, types.Context, chex.Array], types.PlanOutput]:
     """Return plan_fn(params: PlannerParams, rng_key [B], context, observation [B, N] float32) -> PlanOutput.
 
     The context's `length` is traced: episodes of any age share one program. `score_fn(params, returns, proposal, step)`
-    replaces the score by predicted returns. `draw_fn(rng_key [B], logits [B, W(, K), V + 1], call_index)` replaces
-    sampling from the filtered logits; calls are counted over the plan, one per token of a transition.
+    replaces the score by predicted returns, and `reward_fn(params, reward)` brings predicted rewards to the score's
+    units; `guide_by_q` makes both for a Q-function. `draw_fn(rng_key [B], logits [B, W(, K), V + 1], call_index)`
+    replaces sampling from the filtered logits; calls are counted over the plan, one per token of a transition.
 
     Raises ValueError if the window is longer than the model can read.
     """
@@ -112,7 +114,7 @@ def make_plan_fn(
         raise ValueError(f"a top_k of {top_k} exceeds the {config.spec.num_bins + 1} tokens of a dimension.")
     if config.goal_conditioned:
         raise ValueError("a goal-conditioned model has no rewards to plan by; plan with one trained without goals.")
-    model = _Model(config, plan_config, draw_fn)
+    model = _Model(config, plan_config, draw_fn, reward_fn)
     score_fn = score_fn or planning.score_by_value(plan_config.discount)
 
     def score_once(params, returns, proposal, step):
@@ -144,12 +146,29 @@ def make_plan_fn(
     return plan_fn
 
 
+def guide_by_q(*, discount: float) -> dict[str, Callable[..., chex.Array]]:
+    """Return the `score_fn` and `reward_fn` of `make_plan_fn` with which IQL's Q-function guides the search.
+
+    `PlannerParams.extra` holds the IQL parameters of one or more learners, stacked, of the observations that the model
+    reads; the least Q of all their critics counts. `discount` is the one that they were trained with.
+    """
+
+    def q_fn(params, observation, action):
+        return jnp.min(jax.vmap(iql.q_values, (0, None, None))(params.extra, observation, action), axis=(0, 1))
+
+    def reward_fn(params, reward):
+        return iql.transform_rewards(jax.tree.map(lambda leaf: leaf[0], params.extra), reward)
+
+    return {"score_fn": planning.score_by_q(q_fn, discount=discount), "reward_fn": reward_fn}
+
+
 class _Model:
     """The functions of the model over their static settings; holds no arrays."""
 
-    def __init__(self, config, plan_config, draw_fn):
+    def __init__(self, config, plan_config, draw_fn, reward_fn):
         self.config, self.plan, self.spec = config, plan_config, config.spec
         self.draw_fn = draw_fn or _draw
+        self.reward_fn = reward_fn or (lambda params, reward: reward)
         self.num_keys = self.spec.transition_dim - 1  # of a transition: its value token has none
         self.slots = min(plan_config.window[0], plan_config.horizon)  # P
 
@@ -224,10 +243,11 @@ class _Model:
         over_before = state.ended[..., None] | is_stop[..., :-1].any(-1)
         over = over_before | is_stop[..., -1]
         action_dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
+        reward = self.reward_fn(params, self._estimate(params, sampled_logits[-1], dim=-2))
         proposal = types.Proposal(
             observation=tokenization.decode(params.discretizer, observation, dims=slice(spec.observation_dim)),
             action=tokenization.decode(params.discretizer, action, dims=action_dims),
-            reward=jnp.where(over_before, 0.0, self._estimate(params, sampled_logits[-1], dim=-2)),
+            reward=jnp.where(over_before, 0.0, reward),
             value=jnp.where(over, 0.0, self._estimate(params, value_logits, dim=-1)),
             log_prob=jnp.sum(log_probs, axis=-1),
             terminal=over,

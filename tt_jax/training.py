@@ -1,4 +1,4 @@
-"""Train the Trajectory Transformer: schedule, optimizer, train steps, and the one data-parallel wrapper.
+"""Train the Trajectory Transformer and IQL: schedule, optimizer, train steps, and the one data-parallel wrapper.
 
 The tokenised dataset lives on every device; a compiled call runs many steps and gathers its own windows, so that the
 position in the data is the step alone. All devices compute the ids of the global batch and take their share of it.
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import jax_utils
 
-from tt_jax import trajectories, transformer, types
+from tt_jax import iql, trajectories, transformer, types
 
 AXIS = "devices"
 METRICS = ("loss", "loss_observation", "loss_action", "loss_reward", "loss_value", "grad_norm", "learning_rate")
@@ -256,13 +256,75 @@ def make_eval_fn(
     return data_parallel(evaluate)
 
 
-def _share_per_device(batch_size: int) -> int:
+def _share_per_device(batch_size: int, *, flag: str = "train.batch_size") -> int:
     devices = jax.device_count()
     if batch_size % devices:
-        raise ValueError(
-            f"batch_size={batch_size} must be a multiple of the {devices} devices; set --config.train.batch_size."
-        )
+        raise ValueError(f"batch_size={batch_size} must be a multiple of the {devices} devices; set --config.{flag}.")
     return batch_size // devices
+
+
+# Implicit Q-Learning
+
+
+@dataclasses.dataclass(frozen=True)
+class IQLTrainConfig:
+    """Static settings of an IQL run; the defaults are the reference's."""
+
+    num_steps: int = 1_000_000
+    batch_size: int = 256  # transitions per update over all devices
+    num_seeds: int = 1  # learners trained side by side in one program
+    steps_per_call: int = 1000  # updates in one compiled call
+    log_every: int = 5_000
+    eval_every: int = 50_000
+    checkpoint_every: int = 50_000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"iql_train.{field.name}={getattr(self, field.name)} must be at least 1.")
+
+
+def init_iql(seed: int, *, config: IQLTrainConfig, iql_config: iql.IQLConfig, units: types.Params) -> iql.IQLState:
+    """Return the states of the learners with the seeds from `seed` on, stacked: every leaf is [num_seeds, ...]."""
+    keys = jax.vmap(jax.random.key)(_learner_seeds(seed, config))
+    return jax.vmap(functools.partial(iql.init, config=iql_config, units=units))(keys)
+
+
+def make_iql_train_fn(
+    *, config: IQLTrainConfig, iql_config: iql.IQLConfig, num_transitions: int
+) -> Callable[..., tuple[iql.IQLState, dict[str, chex.Array]]]:
+    """Return the data-parallel train_fn(state, transitions, seed, num_steps) -> (state, metrics).
+
+    As `make_train_fn`, for the stacked states of `init_iql`; metrics are [steps_per_call, num_seeds]. Each learner
+    draws its transitions, with replacement, from its own seed and step, so it learns what it would learn alone.
+    """
+    local_size = _share_per_device(config.batch_size, flag="iql_train.batch_size")
+
+    def train(state, transitions, seed, num_steps):
+        first = jax.lax.axis_index(AXIS) * local_size
+
+        def one_step(learner, learner_seed):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(learner_seed), 1), learner.step)
+            rows = jax.random.randint(key, [config.batch_size], 0, num_transitions)
+            rows = jax.lax.dynamic_slice_in_dim(rows, first, local_size)
+            batch = jax.tree.map(lambda leaf: leaf[rows], transitions)
+            return iql.update(learner, batch, config=iql_config, axis_name=AXIS)
+
+        def step_and_note(index, carry):
+            state, notes = carry
+            state, metrics = jax.vmap(one_step)(state, _learner_seeds(seed, config))
+            return state, jax.tree.map(lambda note, metric: note.at[index].set(metric), notes, metrics)
+
+        _, shapes = jax.eval_shape(jax.vmap(one_step), state, _learner_seeds(seed, config))
+        notes = jax.tree.map(lambda shape: jnp.zeros([config.steps_per_call, *shape.shape]), shapes)
+        return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
+
+    return data_parallel(train, donate_argnums=0)
+
+
+def _learner_seeds(seed, config):
+    return jnp.uint32(seed) + jnp.arange(config.num_seeds, dtype=jnp.uint32)
 
 
 def data_parallel(fn: Callable[..., Any], *, donate_argnums: int | tuple[int, ...] = ()) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tt_jax import types
+from tt_jax import iql, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,8 @@ class DataConfig:
 class Trajectories:
     """Episodes as flat host arrays in the dtypes they are stored in. Every episode has at least one step."""
 
-    observations: np.ndarray  # [n, N] before each action; the observation after an episode's last step is dropped
+    observations: np.ndarray  # [n, N] before each action
+    final_observations: np.ndarray  # [E, N] after the last step of each episode
     actions: np.ndarray  # [n, A]
     rewards: np.ndarray  # [n]
     offsets: np.ndarray  # [E + 1] int64, episode e is rows offsets[e] to offsets[e + 1]
@@ -67,13 +68,14 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
     dataset = _open(dataset_id, download=download)
     _check_spaces(dataset, config)
     episodes = [_read_episode(episode, config) for episode in dataset.iterate_episodes()]
-    lengths = [len(rewards) for _, _, rewards, _ in episodes]
+    lengths = [len(rewards) for *_, rewards, _ in episodes]
     if max(lengths, default=0) < 2:
         raise ValueError(f"Dataset {dataset_id} has no episode of at least 2 steps, so it holds no training window.")
-    observations, actions, rewards, terminated = zip(*episodes, strict=True)
+    observations, final_observations, actions, rewards, terminated = zip(*episodes, strict=True)
     env_spec = dataset.env_spec
     trajectories = Trajectories(
         observations=np.concatenate(observations),
+        final_observations=np.stack(final_observations),
         actions=np.concatenate(actions),
         rewards=np.concatenate(rewards),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
@@ -104,6 +106,7 @@ def select(trajectories: Trajectories, episodes) -> Trajectories:
     return dataclasses.replace(
         trajectories,
         observations=trajectories.observations[rows],
+        final_observations=trajectories.final_observations[episodes],
         actions=trajectories.actions[rows],
         rewards=trajectories.rewards[rows],
         offsets=offsets,
@@ -127,6 +130,30 @@ def segment(trajectories: Trajectories, *, discount: float, termination_penalty:
     values = _returns_after(rewards, is_last, discount=discount)
     columns = trajectories.observations, trajectories.actions, rewards[:, None], values[:, None]
     return np.concatenate(columns, axis=1, dtype=np.float64)
+
+
+def iql_transitions(trajectories: Trajectories) -> iql.Transitions:
+    """Cut episodes into the single steps that `iql.update` learns from, float32, in the order they were made.
+
+    Only real terminals have `not_terminal` 0: a truncated episode goes on for the Q-function. Actions are clipped just
+    inside +-1. Raises ValueError if an action is not within +-1.
+    """
+    largest = np.abs(trajectories.actions).max()
+    if largest > 1:
+        raise ValueError(f"IQL needs actions within +-1, {trajectories.dataset_id} has {largest}; rescale its actions.")
+    last_rows = trajectories.offsets[1:] - 1
+    next_observations = np.empty_like(trajectories.observations)
+    next_observations[:-1] = trajectories.observations[1:]
+    next_observations[last_rows] = trajectories.final_observations
+    not_terminal = np.ones(len(next_observations), np.float32)
+    not_terminal[last_rows[trajectories.terminated]] = 0
+    return iql.Transitions(
+        observations=trajectories.observations.astype(np.float32),
+        actions=iql.clip_actions(trajectories.actions.astype(np.float32)),
+        rewards=trajectories.rewards.astype(np.float32),
+        not_terminal=not_terminal,
+        next_observations=next_observations.astype(np.float32),
+    )
 
 
 def num_windows(offsets) -> int:
@@ -222,8 +249,9 @@ def _check_spaces(dataset, config):
 def _read_episode(episode, config):
     observations = flatten_observations(episode.observations, config=config)
     actions = np.reshape(episode.actions, (len(episode), -1))
-    # Minari stores one observation more than steps; the copy lets go of what the slices leave out.
-    return observations[: len(episode)].copy(), actions, episode.rewards, bool(episode.terminations[-1])
+    # Minari stores one observation more than steps; the copies let go of what the slices leave out.
+    before, after = observations[: len(episode)].copy(), observations[len(episode)].copy()
+    return before, after, actions, episode.rewards, bool(episode.terminations[-1])
 
 
 def _check_lengths(trajectories):
@@ -248,6 +276,11 @@ def _check_finite(trajectories):
                 f"{place} of {trajectories.dataset_id} is {values[row, column]} in episode {episode}, "
                 f"step {row - trajectories.offsets[episode]}; all data must be finite."
             )
+    bad = np.flatnonzero(~np.isfinite(trajectories.final_observations).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"the last observation of episode {bad[0]} of {trajectories.dataset_id} is not finite; all data must be."
+        )
 
 
 def _returns_after(rewards, is_last, *, discount):

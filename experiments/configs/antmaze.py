@@ -1,0 +1,68 @@
+"""Ant mazes with sparse reward: IQL, and a Trajectory Transformer that plans by IQL's Q-function.
+
+python -m experiments.train_iql --config=experiments/configs/antmaze.py:medium-diverse --download --workdir=runs/ant_iql
+python -m experiments.train_tt --config=experiments/configs/antmaze.py:medium-diverse --download --workdir=runs/ant_tt
+python -m experiments.plan --workdir=runs/ant_tt --iql_workdir=runs/ant_iql --num_episodes=100
+
+or all of it with `python -m experiments.maze_table`. Selection: MAZE-DATA with umaze, umaze-diverse, medium-play,
+medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari, with the settings of the
+papers (arXiv 2106.02039, 2110.06169): a GPU's work. "-cpu" at the end scales them to hours on 2 CPU cores.
+"""
+
+from experiments.configs import maze
+
+MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
+
+
+def get_config(name="medium-diverse"):
+    """Return the settings of one dataset, such as "medium-diverse" or "medium-diverse-cpu"."""
+    maze_name = name.removesuffix("-cpu")
+    if maze_name not in MAZES:
+        raise ValueError(f"no settings called {name!r}; choose one of {MAZES}, with -cpu for small ones")
+
+    config = maze.get_config()
+    with config.unlocked():
+        config.dataset = f"D4RL/antmaze/{maze_name}-v1"  # Minari id
+        config.data.observation_keys = ("achieved_goal", "observation")  # the goal is always the same
+        config.data.eval_fraction = 0.02
+
+        config.model.num_layers = 4
+        config.model.embed_dim = 128
+
+        config.train.batch_size = 128
+        config.train.num_steps = 195_000
+        config.train.learning_rate = 6e-4
+        config.train.eval_every = config.train.checkpoint_every = 5_000
+
+        config.plan.beam_width = 128
+        config.plan.window = (5, 4)
+        if name.endswith("-cpu"):
+            _scale_down(config)
+    return config
+
+
+def _scale_down(config):
+    config.data.num_bins = 250  # fine: an ant moves 0.1 m per step in a maze of 20 m
+    config.model.num_layers = 3
+    config.model.num_heads = 3
+    config.model.embed_dim = 96
+    config.model.max_transitions = 2
+    config.model.embedding_dropout = 0.0  # few passes over the data
+    config.model.attention_dropout = 0.0
+    config.model.residual_dropout = 0.0
+
+    config.train.batch_size = 64
+    config.train.num_steps = 11_000
+    config.train.learning_rate = 2e-3
+    config.train.warmup_tokens = 1_000_000
+    config.train.final_tokens = 54_200_000  # all updates
+    config.train.eval_every = config.train.checkpoint_every = 1_000
+
+    config.iql_train.num_steps = 200_000
+
+    config.plan.horizon = 10
+    config.plan.beam_width = 32
+    config.plan.replan_every = 5
+    config.plan.context_transitions = 1
+    config.plan.window = (2, 1)
+    config.plan.action_cdf = 0.2

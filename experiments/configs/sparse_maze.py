@@ -1,0 +1,32 @@
+"""A point maze with sparse reward, whose episodes are too short to reach the goal from the start: stitching is needed.
+
+python -m experiments.sparse_maze
+
+collects the data: 2,500 episodes between random cells, each cut short after a third of the way from the start to the
+goal. Actions are held for 5 environment steps, so one transition is 50 ms.
+"""
+
+from experiments.configs import quickstart
+
+
+def get_config():
+    """Return the settings of configs/quickstart.py with what the sparse reward changes."""
+    config = quickstart.get_config()
+    with config.unlocked():
+        config.dataset = "tt/pointmaze/sparse-v0"  # collected by the command itself
+
+        config.data.observation_keys = ("observation",)  # position and velocity; the goal is always the same
+        config.data.discount = 0.99  # per transition of 50 ms
+        config.data.num_bins = 64
+
+        config.plan.horizon = 15
+        config.plan.beam_width = 32
+        config.plan.replan_every = 2
+
+        config.iql.hidden_dims = (128, 128)
+        config.iql.discount = 0.97  # per transition of 50 ms
+        config.iql_train.num_steps = 100_000
+        config.iql_train.log_every = 2_000
+        config.iql_train.eval_every = config.iql_train.checkpoint_every = 20_000
+        config.eval.num_episodes = 20
+    return config

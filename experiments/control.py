@@ -1,0 +1,165 @@
+"""What the entry points that play episodes share: the environment of a run, policies by name, play, summaries."""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import gymnasium
+import jax
+import numpy as np
+import tqdm
+
+from experiments import recording
+from tt_jax import checkpoints, iql, rollouts, sequence_planner, trajectories, types
+
+
+def make_env(run: dict, *, env_id: str | None = None, goal: Sequence[float] = (), **kwargs) -> gymnasium.Env:
+    """Make the environment of a run's dataset, or `env_id`; in a maze the goal can be fixed at `goal` (x, y)."""
+    spec = env_id or run.get("env_spec")
+    if not spec:
+        raise ValueError("the dataset of this checkpoint names no environment; pass --env=ID.")
+    env = recording.make_env(env_id or gymnasium.envs.registration.EnvSpec.from_json(spec), **kwargs)
+    return rollouts.FixedGoal(env, goal) if goal else env
+
+
+def restore(workdir: str, config_class: type, *, program: str) -> checkpoints.Checkpoint:
+    """Read the newest checkpoint of a run of `program`; one of another program is a ValueError."""
+    checkpoint = checkpoints.restore(workdir)
+    if not isinstance(checkpoint.config, config_class):
+        name = type(checkpoint.config).__name__
+        raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")
+    return checkpoint
+
+
+def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
+    """Read the learners, stacked, that are to guide the planner of `run`; raises ValueError if they do not suit it.
+
+    Their Q must have been trained on the same dataset and observations, and on rewards without penalties, which
+    predicted rewards would otherwise hold.
+    """
+    checkpoint = restore(workdir, iql.IQLConfig, program="train_iql")
+    names = ("observation_keys", "observation_slice", "step", "termination_penalty")
+    expected, got = (
+        {"dataset": each["dataset"]} | {n: each["data"][n] for n in names} for each in (run, checkpoint.run)
+    )
+    got |= {"termination_penalty": None}  # IQL learns from the rewards as they are
+    for name, value in expected.items():
+        if got[name] != value:
+            raise ValueError(
+                f"the Q-function in {workdir} was trained with {name}={got[name]}, the transformer with {value}; "
+                "train both with the same data settings."
+            )
+    return dataclasses.replace(checkpoint, params=stack_learners(checkpoint.params))
+
+
+def stack_learners(params: types.Params) -> types.Params:
+    """Give the parameters of a run with one seed the leading axis of the seeds that those of several have."""
+    return params if params["actor"]["log_std"].ndim == 2 else jax.tree.map(lambda leaf: leaf[None], params)
+
+
+def plan_policy(
+    checkpoint: checkpoints.Checkpoint,
+    plan_config: sequence_planner.PlanConfig,
+    *,
+    seed: int,
+    max_batch: int,
+    learners: types.Params | None = None,
+    on_plan: Callable[[types.PlanOutput], None] = lambda output: None,
+) -> rollouts.Policy:
+    """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
+
+    `on_plan` sees what each call of the planner returns.
+    """
+    guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
+    plan_fn = jax.jit(sequence_planner.make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+
+    def noted_plan_fn(*arguments):
+        output = plan_fn(*arguments)
+        on_plan(output)
+        return output
+
+    params = sequence_planner.PlannerParams(
+        transformer=checkpoint.params, discretizer=checkpoint.tokenizer, extra=learners
+    )
+    return rollouts.plan_policy(
+        noted_plan_fn,
+        jax.device_put(params),
+        jax.random.key(seed),
+        discretizer=checkpoint.tokenizer,
+        spec=checkpoint.config.spec,
+        context_transitions=plan_config.context_transitions,
+        replan_every=plan_config.replan_every,
+        max_batch=max_batch,
+    )
+
+
+def compile_policy(policy: rollouts.Policy, observation_dim: int, max_batch: int) -> None:
+    """Compile the full batch of a policy before the clock starts; the smaller ones of the last episodes are compiled
+    on the way."""
+    start = rollouts.Episode(seed=0, observations=[np.zeros(observation_dim, np.float32)])
+    policy([start] * max_batch)
+
+
+def mean_action_fn(params: types.Params) -> Callable[[np.ndarray], np.ndarray]:
+    """Return act_fn(observation [B, N]) -> [B, A], the mean of an IQL policy."""
+    params = jax.device_put(params)
+    act = jax.jit(lambda params, observation: iql.sample_action(params, jax.random.key(0), observation, temperature=0))
+    return lambda observation: np.asarray(act(params, observation))
+
+
+def play(
+    envs: gymnasium.vector.VectorEnv,
+    policy: rollouts.Policy,
+    *,
+    seeds: Sequence[int],
+    config: trajectories.DataConfig,
+    title: str,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[list[rollouts.Episode], int]:
+    """Play one episode per seed behind a progress bar, calling `check()` before each plan; also count the plans."""
+    returns, counts = [], collections.Counter()
+    with tqdm.tqdm(total=len(seeds), unit="episode", desc=title, miniters=0) as progress:
+
+        def counted_policy(episodes):
+            check()
+            actions = policy(episodes)
+            counts["plans"] += len(episodes)
+            rate = counts["plans"] / (time.time() - progress.start_t)
+            average = f"{np.mean(returns):.1f}" if returns else "-"
+            longest = max(episode.length for episode in episodes)
+            progress.set_postfix_str(f"step {longest}, return {average}, {rate:.1f} plans/s", refresh=False)
+            progress.update(0)
+            return actions
+
+        def on_finish(episode):
+            returns.append(episode.total_reward)
+            progress.update()
+
+        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
+    return episodes, counts["plans"]
+
+
+def summarize(episodes: Sequence[rollouts.Episode], dataset=None) -> dict:
+    """List the episodes, and the mean and standard error of each number; what is unknown is None."""
+    returns = [episode.total_reward for episode in episodes]
+    scores = rollouts.normalized_scores(returns, dataset) if dataset else None
+    columns = {
+        "return": returns,
+        "normalized_score": [None] * len(episodes) if scores is None else scores.tolist(),
+        "length": [episode.length for episode in episodes],
+        "success": [episode.success for episode in episodes],
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return {
+        **{name: mean_and_error(values) for name, values in columns.items()},
+        "episodes": [{"seed": episode.seed} | row for episode, row in zip(episodes, rows, strict=True)],
+    }
+
+
+def mean_and_error(values: Sequence[float | None]) -> dict:
+    """Return the mean and the standard error, which are None where a value is unknown or stands alone."""
+    if None in values:
+        return {"mean": None, "standard_error": None}
+    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error}

@@ -1,0 +1,110 @@
+"""The loop that `train_tt` and `train_iql` share: compiled calls between events, metrics, checkpoints, signals."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from experiments import entry
+from tt_jax import checkpoints, training
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
+DATASET = flags.DEFINE_string("dataset", None, "Minari dataset id, in place of the configuration's.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for configuration, metrics and checkpoints.")
+DOWNLOAD = flags.DEFINE_bool("download", False, "Download the dataset from Minari's remote if it is not here.")
+
+SECONDS_PER_CALL = 1.0  # so that signals are answered soon
+
+
+def run(
+    workdir: str,
+    *,
+    config: training.TrainConfig | training.IQLTrainConfig,
+    state: Any,
+    step: int,
+    advance: Callable[[Any, int], tuple[Any, dict]],
+    evaluate: Callable[[Any], dict[str, float]] | None,
+    save: Callable[[checkpoints.Writer, int, Any], None],
+    describe: Callable[[dict[str, np.ndarray], float], str],
+    work_per_step: dict[str, int],
+    preemption: entry.Preemption,
+) -> None:
+    """Train from `step` to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
+
+    `state` is replicated over the devices. `advance(state, num_steps)` does so many steps and returns the state and
+    metrics [num_steps, ...], replicated; `evaluate(state)` returns further metrics every `config.eval_every` steps;
+    `save(writer, step, state)` starts a checkpoint of the host's copy; `describe(metrics, steps_per_second)` is what
+    the progress bar says; `work_per_step` holds what else is measured per second, such as {"tokens": 4096}.
+    """
+    metrics = entry.MetricsWriter(workdir, resume_step=step)
+    notes = []
+    progress = tqdm.tqdm(
+        initial=step, total=config.num_steps, unit="step", desc="train", disable=not entry.is_main_process()
+    )
+    with progress, checkpoints.Writer(workdir, keep=config.keep_checkpoints) as writer:
+        call_steps, log_time, log_step = 1, time.time(), step
+        while step < config.num_steps:
+            call_steps = _steps_until_event(step, call_steps, config)
+            started = time.time()
+            state, call_metrics = advance(state, call_steps)
+            call_metrics = {name: values[:call_steps] for name, values in training.unreplicate(call_metrics).items()}
+            _check_finite(call_metrics, first_step=step + 1)
+            notes.append(call_metrics)
+            step += call_steps
+            rate = call_steps / (time.time() - started)
+            progress.update(call_steps)
+            progress.set_postfix_str(describe(call_metrics, rate))
+            is_last = step == config.num_steps
+            if is_last or step % config.log_every == 0:
+                means = {f"train/{name}": np.concatenate([n[name] for n in notes]).mean() for name in notes[0]}
+                speed = (step - log_step) / (time.time() - log_time)
+                works = {"steps": 1} | work_per_step
+                times = {f"time/{name}_per_second": speed * amount for name, amount in works.items()}
+                found = {}
+                if evaluate and (is_last or step % config.eval_every == 0):
+                    found = {f"eval/{name}": value for name, value in evaluate(state).items()}
+                metrics.write(step, means | times | found)
+                notes, log_time, log_step = [], time.time(), step
+            interrupted = preemption.requested()
+            if is_last or interrupted or step % config.checkpoint_every == 0:
+                save(writer, step, training.unreplicate(state))
+            if interrupted and not is_last:
+                writer.wait()
+                raise entry.Interrupted(f"stopped at step {step}, saved in {workdir}; the same command goes on.")
+            wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
+            call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
+        metrics.close()
+
+
+def place(tree: Any) -> Any:
+    """Copy arrays to each device; what does not fit is a ValueError that says how much it is."""
+    try:
+        return training.replicate(tree)
+    except jax.errors.JaxRuntimeError as error:
+        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)) / 2**20
+        raise ValueError(f"{size:.0f} MiB of data do not fit the memory of a device: {error}") from error
+
+
+def _steps_until_event(step, wanted, config):
+    """Shorten a call of `wanted` steps so that it ends where something has to be done."""
+    ends = [config.num_steps]
+    ends += [(step // every + 1) * every for every in (config.log_every, config.eval_every, config.checkpoint_every)]
+    return min(wanted, min(ends) - step)
+
+
+def _check_finite(metrics, *, first_step):
+    """Raise FloatingPointError naming the first step with a metric that is not finite, and the loss if it is one."""
+    found = []
+    for name, values in metrics.items():
+        steps = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+        found += [(steps[0], name != "loss", name)] if steps.size else []
+    if found:
+        index, _, name = min(found)
+        values = np.ravel(metrics[name][index])
+        raise FloatingPointError(f"train/{name} is {values[~np.isfinite(values)][0]} at step {first_step + index}.")
