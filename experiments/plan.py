@@ -1,6 +1,7 @@
 """Control an environment by planning with a trained Trajectory Transformer, and write the results as JSON.
 
 python -m experiments.plan --workdir=DIR --num_episodes=20 --num_envs=10 --seed=0 --out=results.json
+python -m experiments.plan --workdir=DIR --planner=likelihood  # imitation, or with a goal-conditioned run to the goal
 
 The newest checkpoint in the workdir brings its environment, its observation layout and its planning settings; --env and
 --plan.* replace them, e.g. --plan.horizon=15 --plan.beam_width=32.
@@ -21,7 +22,7 @@ import tqdm
 from absl import flags
 
 from experiments import entry, recording
-from tt_jax import checkpoints, rollouts, sequence_planner, trajectories, transformer
+from tt_jax import checkpoints, likelihood_search, rollouts, sequence_planner, trajectories, transformer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
 NUM_EPISODES = flags.DEFINE_integer("num_episodes", 20, "Episodes to play.", 1)
@@ -33,6 +34,9 @@ SEED = flags.DEFINE_integer(
 )
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
+PLANNER = flags.DEFINE_enum(
+    "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
+)
 ENV = flags.DEFINE_string("env", None, "Environment id, in place of the dataset's environment.")
 
 
@@ -81,11 +85,23 @@ def main(_):
     data_config = entry.to_dataclass(
         trajectories.DataConfig, {name: value for name, value in run["data"].items() if name in data_fields}
     )
-    plan_fn = jax.jit(sequence_planner.make_plan_fn(config=model, plan_config=plan_config))
+    if model.goal_conditioned and PLANNER.value == "reward":
+        raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
+    makers = {
+        "reward": sequence_planner.make_plan_fn,
+        "likelihood": likelihood_search.make_likelihood_plan_fn,
+    }
+    plan_fn = jax.jit(makers[PLANNER.value](config=model, plan_config=plan_config))
 
     make_env = functools.partial(_make_env, run)
     envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
     rollouts.check_spaces(envs, model.spec, config=data_config)
+    goal_space = getattr(envs.single_observation_space, "spaces", {}).get("desired_goal")
+    if model.goal_conditioned and (not goal_space or 2 * goal_space.shape[0] != model.spec.observation_dim):
+        raise ValueError(
+            "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
+            f"{goal_space.shape[0] if goal_space else 0} dimensions, the observation {model.spec.observation_dim}."
+        )
     out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
@@ -100,10 +116,12 @@ def main(_):
         context_transitions=plan_config.context_transitions,
         replan_every=plan_config.replan_every,
         max_batch=envs.num_envs,
+        goal_fn=rollouts.rest_in_goal if model.goal_conditioned else None,
     )
     # Compile the full batch before the clock starts; the smaller ones of the last episodes are compiled on the way.
     started = time.time()
-    start = rollouts.Episode(seed=0, observations=[np.zeros(model.spec.observation_dim, np.float32)])
+    zeros = np.zeros(model.spec.observation_dim, np.float32)
+    start = rollouts.Episode(seed=0, observations=[zeros], goal=zeros[: len(zeros) // 2])
     policy([start] * envs.num_envs)
     compiled = time.time()
     episodes, num_plans = _play(envs, policy, data_config)
@@ -121,7 +139,7 @@ def main(_):
         "device": jax.devices()[0].device_kind,
         "commit": entry.commit_id(),
         "settings": {
-            **{flag.name: flag.value for flag in (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)},
+            **{flag.name: flag.value for flag in (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, PLANNER, ENV, GOAL)},
             "plan": dataclasses.asdict(plan_config),
         },
     }
