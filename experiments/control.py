@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from experiments import recording
-from tt_jax import checkpoints, iql, rollouts, sequence_planner, trajectories, types
+from tt_jax import checkpoints, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
 
 
 def make_env(run: dict, *, env_id: str | None = None, goal: Sequence[float] = (), **kwargs) -> gymnasium.Env:
@@ -65,14 +65,17 @@ def plan_policy(
     seed: int,
     max_batch: int,
     learners: types.Params | None = None,
+    by_likelihood: bool = False,
     on_plan: Callable[[types.PlanOutput], None] = lambda output: None,
 ) -> rollouts.Policy:
     """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
 
+    `by_likelihood` it imitates, or goes to the goal that the environment set if the model was trained with goals.
     `on_plan` sees what each call of the planner returns.
     """
+    make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
     guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
-    plan_fn = jax.jit(sequence_planner.make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+    plan_fn = jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)
@@ -91,13 +94,15 @@ def plan_policy(
         context_transitions=plan_config.context_transitions,
         replan_every=plan_config.replan_every,
         max_batch=max_batch,
+        goal_fn=rollouts.rest_in_goal if checkpoint.config.goal_conditioned else None,
     )
 
 
 def compile_policy(policy: rollouts.Policy, observation_dim: int, max_batch: int) -> None:
     """Compile the full batch of a policy before the clock starts; the smaller ones of the last episodes are compiled
     on the way."""
-    start = rollouts.Episode(seed=0, observations=[np.zeros(observation_dim, np.float32)])
+    zeros = np.zeros(observation_dim, np.float32)
+    start = rollouts.Episode(seed=0, observations=[zeros], goal=zeros[: observation_dim // 2])
     policy([start] * max_batch)
 
 

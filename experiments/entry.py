@@ -211,7 +211,8 @@ def to_dataclass(cls, config, **extra):
 def _check_same_run(old, new, workdir):
     old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old, new))
     for name in sorted(old.keys() | new.keys()):
-        if name.split(".")[0] in ESSENTIAL_FIELDS and old.get(name) != new.get(name):
+        # A field that is newer than the run has its default there.
+        if name in old and name.split(".")[0] in ESSENTIAL_FIELDS and old[name] != new.get(name):
             raise UsageError(
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."

@@ -1,6 +1,7 @@
 """Control an environment by planning with a trained Trajectory Transformer, and write the results as JSON.
 
 python -m experiments.plan --workdir=DIR --num_episodes=20 --num_envs=10 --seed=0 --out=results.json
+python -m experiments.plan --workdir=DIR --planner=likelihood  # imitation, or with a goal-conditioned run to the goal
 
 The newest checkpoint in the workdir brings its environment, its observation layout and its planning settings; --env and
 --plan.* replace them, e.g. --plan.horizon=15 --plan.beam_width=32.
@@ -31,6 +32,9 @@ SEED = flags.DEFINE_integer(
 )
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
+PLANNER = flags.DEFINE_enum(
+    "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
+)
 ENV = flags.DEFINE_string("env", None, "Environment id, in place of the dataset's environment.")
 
 
@@ -62,6 +66,7 @@ PLAN = {
     field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
     for field in dataclasses.fields(sequence_planner.PlanConfig)
 }
+SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)
 
 
 def main(_):
@@ -81,13 +86,30 @@ def main(_):
     )
     data_config = datasets.data_config(run["data"])
     make_env = functools.partial(control.make_env, run, env_id=ENV.value, goal=GOAL.value or ())
+    if model.goal_conditioned and PLANNER.value == "reward":
+        raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
+    if learners and PLANNER.value != "reward":
+        raise ValueError("--iql_workdir guides --planner=reward alone.")
     envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
     rollouts.check_spaces(envs, model.spec, config=data_config)
+    goal_space = getattr(envs.single_observation_space, "spaces", {}).get("desired_goal")
+    if model.goal_conditioned and (not goal_space or 2 * goal_space.shape[0] != model.spec.observation_dim):
+        raise ValueError(
+            "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
+            f"{goal_space.shape[0] if goal_space else 0} dimensions, the observation {model.spec.observation_dim}."
+        )
     out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
-    policy = control.plan_policy(checkpoint, plan_config, seed=SEED.value, max_batch=envs.num_envs, learners=learners)
+    policy = control.plan_policy(
+        checkpoint,
+        plan_config,
+        seed=SEED.value,
+        max_batch=envs.num_envs,
+        learners=learners,
+        by_likelihood=PLANNER.value == "likelihood",
+    )
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
@@ -107,7 +129,7 @@ def main(_):
         "device": jax.devices()[0].device_kind,
         "commit": entry.commit_id(),
         "settings": {
-            **{flag.name: flag.value for flag in (WORKDIR, IQL_WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)},
+            **{flag.name: flag.value for flag in SETTINGS},
             "plan": dataclasses.asdict(plan_config),
         },
     }

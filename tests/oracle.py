@@ -14,9 +14,9 @@ from tt_jax import planning, tokenization, transformer, types
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _logits_at(params, tokens, places, *, config):
+def _logits_at(params, tokens, places, goal=None, *, config):
     """Return the logits [rows, V + 1] after the token at `places` [rows] of `tokens` [rows, T]."""
-    logits = transformer.apply(params, tokens, config=config)
+    logits = transformer.apply(params, tokens, config=config, goal=goal)
     return jnp.take_along_axis(logits, places[:, None, None], axis=1)[:, 0]
 
 
@@ -155,6 +155,51 @@ def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
         return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=plans[:, 0], scores=scores)
 
     return plan_fn
+
+
+def search_by_likelihood(params, context, observed, num_tokens, *, config, plan_config, goal=None):
+    """Find the most likely `num_tokens` tokens after `observed` [N] in one environment, all in tokens.
+
+    `context` [n, D] is the past in a buffer of `plan_config.context_transitions` places, of which the last n are
+    filled; `goal` [N]. Returns tokens [W, num_tokens] and their log-likelihoods [W], as many as there are.
+    """
+    spec, plan = config.spec, plan_config
+    window_max, window_keep = plan.window
+    num_slots, dim = plan.context_transitions, spec.transition_dim
+    num_empty = num_slots - len(context)
+    dropped = max(num_slots - window_keep, 0) if num_slots >= window_max else 0  # places, from the oldest on
+    filters = [(plan.observation_cdf, plan.observation_top_k)] * spec.observation_dim
+    filters += [(plan.action_cdf, plan.action_top_k)] * spec.action_dim + [(plan.reward_cdf, plan.reward_top_k)] * 2
+    found, scores = np.asarray(observed)[None], np.zeros(1, np.float32)
+    for _ in range(num_tokens):
+        is_whole, done = found.shape[1] % dim == 0, found.shape[1] // dim
+        if is_whole and num_slots + done - dropped == window_max:
+            dropped += window_max - window_keep
+        past = np.asarray(context, np.int32)[max(dropped - num_empty, 0) :].reshape(-1)
+        planned = found[:, max(dropped - num_slots, 0) * dim :]
+        sequence = np.concatenate([np.tile(past, (len(found), 1)), planned], axis=1)
+        padded = np.zeros((plan.beam_width, window_max * dim - 1), np.int32)
+        padded[: len(found), : sequence.shape[1]] = sequence
+        places = np.full(len(padded), sequence.shape[1] - 1)
+        goals = None if goal is None else np.tile(goal, (len(padded), 1))
+        logits = np.asarray(_logits_at(params, padded, places, goals, config=config))[: len(found)]
+
+        logits = logits / np.float32(plan.temperature)
+        cdf, top_k = filters[found.shape[1] % dim]
+        if cdf:
+            logits = _filter_cdf(logits, cdf)
+        if top_k:
+            logits = np.where(logits < np.sort(logits, axis=-1)[..., -top_k, None], -np.inf, logits)
+        with np.errstate(divide="ignore"):
+            largest = logits.max(axis=-1, keepdims=True)
+            log_probs = logits - largest - np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
+        candidates = (scores[:, None] + log_probs).reshape(-1)
+        best = np.argsort(-candidates, kind="stable")[: plan.beam_width]
+        best = best[np.isfinite(candidates[best])]
+        scores = candidates[best]
+        beam, token = np.divmod(best, spec.num_bins + 1)
+        found = np.concatenate([found[beam], token[:, None]], axis=1)
+    return found[:, len(observed) :], scores
 
 
 def _softmax(logits):

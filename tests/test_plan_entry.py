@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from entry_points import MAZE
 
 from experiments import recording
 from tt_jax import checkpoints
@@ -94,9 +95,51 @@ def test_a_fixed_goal_and_fewer_plans_reach_the_environment(plan, trained):
     assert abs(episode["return"] / 24 - np.exp(-np.linalg.norm(observation["achieved_goal"] - [1.0, 1.0]))) < 0.2
 
 
+def test_imitation_plays_the_most_likely_actions(plan, trained, planned):
+    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, "--num_envs=3", "--planner=likelihood")
+    assert results["settings"]["planner"] == "likelihood" and planned[0]["settings"]["planner"] == "reward"
+    returns = [episode["return"] for episode in results["episodes"]]
+    assert np.isfinite(returns).all() and returns != [episode["return"] for episode in planned[0]["episodes"]]
+    again, _ = run_plan(plan, f"--workdir={trained}", *SMALL, "--num_envs=3", "--planner=likelihood")
+    assert again["episodes"] == results["episodes"]  # nothing is drawn
+
+
+@pytest.fixture(scope="module")
+def trained_with_goals(train, tmp_path_factory):
+    """Return workdirs of short runs whose observations are position and velocity, and these and the goal."""
+    workdirs = [tmp_path_factory.mktemp(name) for name in ("position", "position_and_goal")]
+    few = [*MAZE, "--config.model.goal_conditioned=True", "--config.train.num_steps=20"]
+    for workdir, keys in zip(workdirs, ["('observation',)", "('observation', 'desired_goal')"], strict=True):
+        done = train(*few, f"--config.data.observation_keys={keys}", f"--workdir={workdir}")
+        assert done.code == 0, done.stderr
+    return workdirs
+
+
+def test_a_goal_conditioned_run_plans_to_the_goal_of_each_episode(plan, trained_with_goals):
+    command = [f"--workdir={trained_with_goals[0]}", *SMALL, "--planner=likelihood"]
+    results, _ = run_plan(plan, *command)
+    assert checkpoints.restore(trained_with_goals[0]).params["goal_embedding"].shape == (4 * 20, 16)
+    returns = [episode["return"] for episode in results["episodes"]]
+    assert np.isfinite(returns).all()
+    fixed, _ = run_plan(plan, *command, "--goal=1.0,1.0")
+    assert [episode["return"] for episode in fixed["episodes"]] != returns
+
+
+def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with_goals):
+    position, position_and_goal = trained_with_goals
+    done = plan(f"--workdir={position}", *SMALL)
+    message = "this run was trained with goals; plan with --planner=likelihood."
+    assert (done.code, done.error) == (2, f"plan: {message}")
+    done = plan(f"--workdir={position_and_goal}", *SMALL, "--planner=likelihood")
+    assert done.code == 2 and "this one has 2 dimensions, the observation 6." in done.error
+    done = plan(f"--workdir={position}", *SMALL, "--planner=likelihood", "--goal=0,0")
+    assert (done.code, done.error) == (2, "plan: the goal (0.0, 0.0) is in a wall of the maze.")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--planner=likely"], "--planner=likely"),
         (["--plan.horizn=3"], "Unknown command line flag 'plan.horizn'. Did you mean: plan.horizon ?"),
         (["--plan.horizon=0"], "horizon=0 must be at least 1"),
         (["--plan.horizon=x"], "--plan.horizon=x"),

@@ -4,7 +4,7 @@ import minari
 import numpy as np
 import pytest
 
-from tt_jax import rollouts, tokenization, trajectories, types
+from tt_jax import rollouts, sequence_planner, tokenization, trajectories, types
 
 SPEC = types.TransitionSpec(observation_dim=2, action_dim=1, num_bins=8)
 
@@ -170,6 +170,32 @@ def test_the_key_of_a_plan_comes_from_the_seed_and_the_age_of_the_episode():
             np.testing.assert_array_equal(episode.actions[step : step + 2], plan[: episode.length - step])
 
 
+def test_each_episode_is_planned_to_rest_in_its_own_goal():
+    planned = []
+
+    def plan_fn(params, rng_key, context, observation):
+        planned.append(params.goal)
+        return draw_plan(params, rng_key, context, observation)
+
+    params = sequence_planner.PlannerParams(transformer=None, discretizer=discretizer())
+    policy = rollouts.plan_policy(
+        plan_fn,
+        params,
+        jax.random.key(0),
+        discretizer=discretizer(),
+        spec=SPEC,
+        context_transitions=1,
+        replan_every=1,
+        max_batch=4,
+        goal_fn=rollouts.rest_in_goal,
+    )
+    start = [np.zeros(2, np.float32)]
+    policy([rollouts.Episode(seed=i, observations=start, goal=np.float32([i, -i])) for i in range(3)])
+    (goal,) = planned
+    np.testing.assert_array_equal(goal, [[0, 0, 0, 0], [1, -1, 0, 0], [2, -2, 0, 0], [0, 0, 0, 0]])  # 3 become 4
+    assert goal.dtype == np.float32
+
+
 @pytest.mark.parametrize("stored_dtype", [np.float32, np.float64])
 def test_a_value_on_a_threshold_keeps_its_bin_whatever_the_data_was_stored_in(stored_dtype):
     grid = (np.arange(8) / 10).astype(stored_dtype).astype(np.float64)
@@ -259,10 +285,23 @@ def test_a_fixed_goal_stands_still_while_the_start_moves():
     observations = np.array([episode.observations for episode in episodes])  # [3, 3, 4]
     np.testing.assert_array_equal(observations[..., :2], np.broadcast_to([1.0, -1.0], (3, 3, 2)))
     assert len(np.unique(observations[:, 0, 2])) == 3
+    np.testing.assert_array_equal([episode.goal for episode in episodes], [[1.0, -1.0]] * 3)
+    moving = play(
+        rest,
+        env=lambda: gymnasium.make("PointMaze_UMaze-v3", max_episode_steps=2),
+        seeds=[0, 1],
+        num_envs=1,
+        config=config,
+    )
+    for episode in moving:
+        np.testing.assert_array_equal(episode.goal, episode.observations[0][:2])
+    assert (moving[0].goal != moving[1].goal).any()
+    assert play(constant(0.0), seeds=[0])[0].goal is None
+    with pytest.raises(ValueError, match=r"the goal \(0.0, 0.0\) is in a wall of the maze"):
+        rollouts.FixedGoal(gymnasium.make("PointMaze_UMaze-v3"), [0.0, 0.0])
+    with pytest.raises(ValueError, match=r"the goal \(9.0, 0.0\) is outside of the maze"):
+        rollouts.FixedGoal(gymnasium.make("PointMaze_UMaze-v3"), [9.0, 0.0])
     with pytest.raises(ValueError, match="maze"):
         rollouts.FixedGoal(Walk(), [0.0, 0.0])
-    for goal in ([0.0, 0.0], [9.0, 0.0]):
-        with pytest.raises(ValueError, match="in a wall or outside of the maze"):
-            rollouts.FixedGoal(gymnasium.make("PointMaze_UMaze-v3"), goal)
     again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(make_env().spec.to_json()))
     np.testing.assert_array_equal(again.reset(seed=0)[0]["desired_goal"], [1.0, -1.0])

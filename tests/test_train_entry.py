@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,16 @@ def test_a_finished_run_says_so_and_stays_as_it_is(train, trained):
     assert f"{trained} is done: 420 of 420 steps." in done.stdout
     assert (trained / "metrics.jsonl").read_text() == before
     assert checkpoints.latest_step(trained) == 420
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(train, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    config = json.loads((workdir / "config.json").read_text())
+    del config["model"]["goal_conditioned"]
+    (workdir / "config.json").write_text(json.dumps(config))
+    done = train(*MAZE, f"--workdir={workdir}")
+    assert done.code == 0, done.stderr
+    assert "is done: 420 of 420 steps." in done.stdout
 
 
 # Interruptions

@@ -1,6 +1,7 @@
 """Steps are the reference's, and neither devices nor calls change them."""
 
 import dataclasses
+import functools
 
 import chex
 import golden
@@ -116,6 +117,26 @@ def test_tokens_are_counted_beyond_32_bits(arrays, config, start, update):
     np.testing.assert_allclose(metrics["learning_rate"], expected, rtol=1e-6)
     unmoved, _ = update(state.replace(tokens_seen=jnp.array([3, 1], jnp.uint32)), batch)
     np.testing.assert_array_equal(unmoved.tokens_seen, [3, real + 1])
+
+
+def test_a_step_of_a_goal_conditioned_model_has_the_gradient_of_the_reference():
+    arrays = golden.load("goal")
+    model_config = dataclasses.replace(golden.CONFIG, goal_conditioned=True, reference_goal_mask=True)
+    batch = golden.batch_from(arrays).replace(goal=arrays["goal"].astype(np.int32))
+    params = jax.tree.map(jnp.asarray, golden.params_from(arrays, "state/", model_config))
+    config = training.TrainConfig(num_steps=1)
+    opt_state = training.make_optimizer(config).init(params)
+    state = training.TrainState(
+        params=params, opt_state=opt_state, step=jnp.int32(0), tokens_seen=jnp.zeros([2], jnp.uint32)
+    )
+    update = functools.partial(training.update, config=config, model_config=model_config)
+    moved, metrics = jax.jit(update, compiler_options=golden.FAST_COMPILE)(state, batch, None)
+    squares = [np.sum(np.square(value)) for name, value in arrays.items() if name.startswith("grad/")]
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(np.sum(squares)), rtol=1e-5)
+    used = np.zeros(params["goal_embedding"].shape[0], bool)
+    used[(arrays["goal"] + golden.SPEC.num_bins * np.arange(3)).reshape(-1)] = True
+    has_moved = (moved.params["goal_embedding"] != params["goal_embedding"]).any(axis=1)
+    np.testing.assert_array_equal(has_moved, used)
 
 
 def ids_of_steps(steps, *, seed=0, **settings):

@@ -164,6 +164,7 @@ def test_windows_reproduce_the_reference(step):
     np.testing.assert_array_equal(batch.inputs, SEGMENTS[f"step{step}/X"])
     np.testing.assert_array_equal(batch.targets, SEGMENTS[f"step{step}/Y"])
     np.testing.assert_array_equal(batch.weights, SEGMENTS[f"step{step}/mask"])
+    np.testing.assert_array_equal(batch.goal, SEGMENTS[f"step{step}/goal"])
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -178,7 +179,13 @@ def test_windows_equal_those_made_one_by_one(lengths, stop_after_truncation, ste
     np.testing.assert_array_equal(batch.inputs, inputs)
     np.testing.assert_array_equal(batch.targets, targets)
     np.testing.assert_array_equal(batch.weights, weights)
-    chex.assert_type([batch.inputs, batch.targets, batch.weights], [np.int32, np.int32, np.float32])
+    goals = [
+        store.tokens[end - 1, :3] for end, n in zip(np.cumsum(lengths), lengths, strict=True) for _ in range(n - 1)
+    ]
+    np.testing.assert_array_equal(batch.goal, goals)
+    chex.assert_type(
+        [batch.inputs, batch.targets, batch.weights, batch.goal], [np.int32, np.int32, np.float32, np.int32]
+    )
 
 
 def test_windows_are_the_same_when_transformed():

@@ -8,7 +8,8 @@ A model takes part with two functions (compare mctx):
         keeps the picked candidates, candidate `expansion[b, w]` of beam `beam[b, w]`, and samples their next
         observations. `pending` is whatever propose_fn wants to hand over.
 
-Since picking is told as indices, a model is free to keep what it remembers as a tree.
+Since picking is told as indices, a model is free to keep what it remembers as a tree. `likelihood_search` looks for the
+most likely tokens instead of the best rewards and has its own two functions, of single tokens.
 """
 
 from collections.abc import Callable
@@ -122,6 +123,56 @@ def beam_plan(
     _, (actions, tokens) = jax.lax.scan(trace_back, best, (beam, action, tokens), reverse=True)
     actions, tokens = actions.swapaxes(0, 1), tokens.swapaxes(0, 1)  # [B, H, ...]
     return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores[-1])
+
+
+class _Hypotheses(NamedTuple):
+    state: Any  # of the model
+    tokens: chex.Array  # [B, W, num_tokens] int32, those found so far first
+    scores: chex.Array  # [B, W] float32 log-likelihoods, descending; -inf marks one that does not exist
+
+
+def likelihood_search(
+    params: types.Params,
+    root: Any,
+    *,
+    next_logits_fn: Callable[..., chex.Array],
+    extend_fn: Callable[..., Any],
+    num_tokens: int,
+    beam_width: int,
+) -> tuple[chex.Array, chex.Array]:
+    """Search for the most likely next `num_tokens` tokens (Trajectory Transformer, section 3.2, imitation).
+
+    `next_logits_fn(params, state, step) -> [B, W, V + 1]` gives the logits of each beam's next token, after temperature
+    and filters; their log-softmax is added to the score of the beam, and the W best of all W * (V + 1) candidates go
+    on, the lower index first among equals. Only logits of minus infinity are no candidates.
+    `extend_fn(params, state, beam [B, W], token [B, W], step) -> state` appends `token` to the picked beams. `root` is
+    the model's state with all beams at the same prefix, whose score is 0. Nothing is special about the stop token.
+
+    Returns tokens [B, W, num_tokens] int32 and log-likelihoods [B, W] float32, most likely first; -inf marks rows that
+    stand for nothing, where there were fewer than W candidates.
+    """
+    if num_tokens < 1 or beam_width < 1:
+        raise ValueError(f"num_tokens={num_tokens} and beam_width={beam_width} must both be at least 1.")
+    num_envs = jax.eval_shape(next_logits_fn, params, root, jnp.int32(0)).shape[0]
+
+    def search_step(beams, step):
+        logits = next_logits_fn(params, beams.state, step)
+        chex.assert_shape(logits, (num_envs, beam_width, None))
+        candidates = beams.scores[..., None] + jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        scores, best = jax.lax.top_k(candidates.reshape(num_envs, -1), beam_width)  # of [B, W * (V + 1)]
+        beam, token = best // logits.shape[-1], best % logits.shape[-1]
+        tokens = take_beams(beams.tokens, beam).at[:, :, step].set(token)
+        state = jax.lax.cond(
+            step + 1 < num_tokens, lambda: extend_fn(params, beams.state, beam, token, step), lambda: beams.state
+        )
+        return _Hypotheses(state=state, tokens=tokens, scores=scores), None
+
+    is_first = jnp.arange(beam_width)[None] == 0
+    scores = jnp.broadcast_to(jnp.where(is_first, 0.0, -jnp.inf), (num_envs, beam_width))
+    tokens = jnp.zeros([num_envs, beam_width, num_tokens], jnp.int32)
+    beams = _Hypotheses(state=root, tokens=tokens, scores=scores)
+    beams, _ = jax.lax.scan(search_step, beams, jnp.arange(num_tokens))
+    return beams.tokens, beams.scores
 
 
 def take_beams(x: chex.Array, beam: chex.Array) -> chex.Array:

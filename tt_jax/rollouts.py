@@ -26,6 +26,7 @@ class Episode:
 
     seed: int
     observations: list[np.ndarray]  # length + 1 times [N] float32
+    goal: np.ndarray | None = None  # [G] float32, the desired_goal after the reset, if the environment has goals
     actions: list[np.ndarray] = dataclasses.field(default_factory=list)  # length times [A], as executed
     rewards: list[float] = dataclasses.field(default_factory=list)  # length times float64
     successes: list[bool] = dataclasses.field(default_factory=list)  # per step; empty without success information
@@ -86,9 +87,13 @@ def run(
             starts = {slot: waiting.popleft() for slot in np.flatnonzero(ended) if waiting}
             # Idle slots are reset and stepped too, as the vector API knows no other way; nobody looks at them.
             reset_seeds = [starts.get(slot, 0) for slot in range(envs.num_envs)]
-            observations = _flatten(envs.reset(seed=reset_seeds, options={"reset_mask": ended})[0], config)
+            first, _ = envs.reset(seed=reset_seeds, options={"reset_mask": ended})
+            observations = _flatten(first, config)
+            goals = first.get("desired_goal") if isinstance(first, dict) else None
             for slot, seed in starts.items():
-                running[slot], planned[slot] = Episode(seed=seed, observations=[observations[slot]]), []
+                goal = None if goals is None else goals[slot].astype(np.float32)
+                running[slot] = Episode(seed=seed, observations=[observations[slot]], goal=goal)
+                planned[slot] = []
 
         asking = [slot for slot in running if not planned[slot]]
         if asking:
@@ -125,13 +130,15 @@ def plan_policy(
     context_transitions: int,
     replan_every: int,
     max_batch: int,
+    goal_fn: Callable[[Episode], np.ndarray] | None = None,
 ) -> Policy:
     """Make a policy that executes the first `replan_every` actions of each plan of `plan_fn` (best given jitted).
 
     `plan_fn(params, rng_key [B], context, observation [B, N])` is called with B a power of two or `max_batch` (the
     number of environments), so that few programs are compiled and the last episodes do not pay for a full batch. The
     key of a plan comes from `rng_key`, the seed of the episode and its length, so a plan does not depend on its
-    neighbours, up to the rounding of `plan_fn` at different batch sizes.
+    neighbours, up to the rounding of `plan_fn` at different batch sizes. For a goal-conditioned model `goal_fn` gives
+    the goal [N] of an episode, which enters the planner's parameters.
     """
 
     def policy(episodes: Sequence[Episode]) -> np.ndarray:
@@ -139,7 +146,10 @@ def plan_policy(
         keys = _plan_keys(rng_key, [episode.seed for episode in batch], [episode.length for episode in batch])
         context = encode_context(batch, discretizer=discretizer, spec=spec, context_transitions=context_transitions)
         observation = np.stack([episode.observations[-1] for episode in batch])  # [B, N] float32
-        actions = np.asarray(plan_fn(params, keys, context, observation).actions)
+        with_goals = params
+        if goal_fn:
+            with_goals = params.replace(goal=np.stack([goal_fn(episode) for episode in batch]).astype(np.float32))
+        actions = np.asarray(plan_fn(with_goals, keys, context, observation).actions)
         if actions.shape[1] < replan_every:
             raise ValueError(f"replan_every={replan_every} needs plans of that length, got {actions.shape[1]} steps.")
         return actions[: len(episodes), :replan_every]
@@ -150,6 +160,11 @@ def plan_policy(
 def observation_policy(act_fn: Callable[[np.ndarray], np.ndarray]) -> Policy:
     """Make a policy of `act_fn(observation [b, N] float32) -> action [b, A]`, one action at a time."""
     return lambda episodes: act_fn(np.stack([episode.observations[-1] for episode in episodes]))[:, None]
+
+
+def rest_in_goal(episode: Episode) -> np.ndarray:
+    """Return the observation [2 G] of a point that rests in the goal of its episode, for `plan_policy`'s `goal_fn`."""
+    return np.concatenate([episode.goal, np.zeros_like(episode.goal)])
 
 
 def encode_context(
@@ -218,8 +233,9 @@ class FixedGoal(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
         row, column = maze.cell_xy_to_rowcol(self._goal)
         inside = 0 <= row < maze.map_length and 0 <= column < maze.map_width
         if not inside or maze.maze_map[row][column] == 1:
-            limits = f"|x| < {maze.x_map_center}, |y| < {maze.y_map_center}"
-            raise ValueError(f"the goal {tuple(goal)} is in a wall or outside of the maze ({limits}).")
+            raise ValueError(
+                f"the goal {tuple(self._goal.tolist())} is {'in a wall' if inside else 'outside'} of the maze."
+            )
 
     def reset(self, **kwargs) -> tuple[dict, dict]:
         observation, info = self.env.reset(**kwargs)

@@ -66,6 +66,7 @@ class PlannerParams:
     transformer: types.Params
     discretizer: tokenization.Discretizer
     extra: Any = None
+    goal: chex.Array | None = None  # [N] or [B, N] float32, an observation; for a goal-conditioned model
 
 
 @chex.dataclass(frozen=True)
@@ -87,6 +88,18 @@ class _Pending(NamedTuple):
     cache: transformer.KeysValues  # [B, W, K], of their action and reward tokens
 
 
+def check_settings(config: transformer.TransformerConfig, plan_config: PlanConfig) -> None:
+    """Raise ValueError if the model cannot read the window or does not have as many tokens as a top_k."""
+    if plan_config.window[0] > config.max_transitions:
+        raise ValueError(
+            f"window={plan_config.window} exceeds the model's max_transitions={config.max_transitions}; "
+            f"use at most ({config.max_transitions}, {config.max_transitions - 1})."
+        )
+    top_k = max(plan_config.action_top_k, plan_config.observation_top_k, plan_config.reward_top_k)
+    if top_k > config.spec.num_bins + 1:
+        raise ValueError(f"a top_k of {top_k} exceeds the {config.spec.num_bins + 1} tokens of a dimension.")
+
+
 def make_plan_fn(
     *,
     config: transformer.TransformerConfig,
@@ -104,16 +117,9 @@ def make_plan_fn(
 
     Raises ValueError if the window is longer than the model can read.
     """
-    if plan_config.window[0] > config.max_transitions:
-        raise ValueError(
-            f"window={plan_config.window} exceeds the model's max_transitions={config.max_transitions}; "
-            f"use at most ({config.max_transitions}, {config.max_transitions - 1})."
-        )
-    top_k = max(plan_config.action_top_k, plan_config.observation_top_k, plan_config.reward_top_k)
-    if top_k > config.spec.num_bins + 1:
-        raise ValueError(f"a top_k of {top_k} exceeds the {config.spec.num_bins + 1} tokens of a dimension.")
+    check_settings(config, plan_config)
     if config.goal_conditioned:
-        raise ValueError("a goal-conditioned model has no rewards to plan by; plan with one trained without goals.")
+        raise ValueError("a goal-conditioned model is planned with by likelihood, not by reward.")
     model = _Model(config, plan_config, draw_fn, reward_fn)
     score_fn = score_fn or planning.score_by_value(plan_config.discount)
 

@@ -132,7 +132,9 @@ def update(
     num_positions = add_up(jnp.float32(batch.targets.size))
 
     def objective(params):
-        total, *sums_and_counts = transformer.loss_sums(params, batch, config=model_config, dropout_key=dropout_key)
+        total, *sums_and_counts = transformer.loss_sums(
+            params, batch, config=model_config, goal=_goal(batch, model_config), dropout_key=dropout_key
+        )
         return total / num_positions, sums_and_counts
 
     grads, sums_and_counts = jax.grad(objective, has_aux=True)(state.params)
@@ -247,13 +249,18 @@ def make_eval_fn(
     def evaluate(params, store):
         def add_batch(carry, batch_ids):
             batch = windows_fn(store, batch_ids[jax.lax.axis_index(AXIS)])
-            _, sums, counts = transformer.loss_sums(params, batch, config=model_config)
+            goal = _goal(batch, model_config)
+            _, sums, counts = transformer.loss_sums(params, batch, config=model_config, goal=goal)
             return (carry[0] + sums, carry[1] + counts), None
 
         totals, _ = jax.lax.scan(add_batch, (jnp.zeros([4]), jnp.zeros([4])), jnp.asarray(ids))
         return transformer.mean_losses(*jax.lax.psum(totals, AXIS))
 
     return data_parallel(evaluate)
+
+
+def _goal(batch: types.Batch, model_config: transformer.TransformerConfig) -> chex.Array | None:
+    return batch.goal if model_config.goal_conditioned else None
 
 
 def _share_per_device(batch_size: int, *, flag: str = "train.batch_size") -> int:

@@ -178,7 +178,8 @@ def windows(
     A window is K = max_transitions transitions, `config.step` environment steps apart; those beyond the end of the
     episode are stop tokens throughout. As in the reference implementation, the weights drop the transitions later
     than max_path_length - step and are aligned with the inputs, not the targets. Stop tokens count after a
-    termination, and after a truncation if `config.stop_after_truncation`. Meant for use inside a compiled step.
+    termination, and after a truncation if `config.stop_after_truncation`. The goal of a window is the episode's last
+    stored observation. Meant for use inside a compiled step, which leaves out what it does not use.
 
     Raises:
       ValueError: `config.max_path_length` is 0; here it must be set, to that of the loaded trajectories.
@@ -202,7 +203,8 @@ def windows(
     weights = jnp.repeat(in_time, spec.transition_dim, axis=1)[:, :-1]
     if not config.stop_after_truncation:
         weights &= (targets != spec.stop_token) | store.terminated[episode][:, None]
-    return types.Batch(inputs=inputs, targets=targets, weights=weights.astype(jnp.float32))
+    goal = store.tokens[end[:, 0] - 1, : spec.observation_dim].astype(jnp.int32)
+    return types.Batch(inputs=inputs, targets=targets, weights=weights.astype(jnp.float32), goal=goal)
 
 
 def _open(dataset_id, *, download):

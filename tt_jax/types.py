@@ -38,6 +38,7 @@ class Batch:
     inputs: chex.Array  # [B, T] int32
     targets: chex.Array  # [B, T] int32
     weights: chex.Array  # [B, T] float32, 1 where the target counts
+    goal: chex.Array | None = None  # [B, N] int32, the observation in which the episode ends; for models with goals
 
 
 @chex.dataclass(frozen=True)

@@ -42,6 +42,7 @@ def get_config():
     config.model.reward_weight = 1.0
     config.model.value_weight = 1.0
     config.model.dtype = "float32"  # of the products; "bfloat16" is faster on accelerators
+    config.model.goal_conditioned = False  # put the observation in which the episode ends in front
 
     config.train = config_dict.ConfigDict()
     config.train.num_steps = 5_000
