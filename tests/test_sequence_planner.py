@@ -398,6 +398,21 @@ def test_a_score_fn_replaces_the_score_and_sees_the_whole_proposal():
     assert_same_plans(got, make(oracle.make_plan_fn)(*arguments))
 
 
+def test_the_stop_token_can_be_kept_to_the_beginning_of_a_transition():
+    # Stop is by far the likeliest token everywhere.
+    params, roots = random_params(stop_logit=40.0), random_roots(size=2, lengths=[0, 2])
+    plan_config = sequence_planner.PlanConfig(horizon=3, beam_width=3, window=(3, 2), action_cdf=0.0)
+
+    def stops(**changes):
+        changed = dataclasses.replace(plan_config, **changes)
+        plan = jax.jit(sequence_planner.make_plan_fn(config=CONFIG, plan_config=changed))(params, *roots)
+        return np.asarray(plan.tokens == SPEC.stop_token)  # [B, H, D]
+
+    assert stops()[:, 0, SPEC.observation_dim :].all()
+    kept = stops(stop_within_transition=False)
+    assert kept[:, 1:, 0].all() and not kept[:, :, 1:].any()
+
+
 def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
     plan_config = sequence_planner.PlanConfig(horizon=4, beam_width=4, num_expand=2, window=(3, 2), discount=0.8)
     iql_config = iql.IQLConfig(observation_dim=3, action_dim=2, hidden_dims=(8, 8))

@@ -37,6 +37,7 @@ class PlanConfig:
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
     stop_ends_episode: bool = True  # a predicted stop token ends the plan's rewards; the reference goes on
+    stop_within_transition: bool = True  # draw it inside of a transition, too, where no data has it, as the reference
 
     def __post_init__(self):
         window_max, window_keep = self.window
@@ -380,6 +381,10 @@ class _Model:
     def _draw(self, rng_key, logits, step, index, cdf, top_k):
         """Draw tokens from `logits` [..., V + 1] after the filters; the order of the two is the reference's."""
         logits = logits / self.plan.temperature
+        if not self.plan.stop_within_transition:
+            begins = index == self.spec.action_dim + 2  # the first dimension of the next observation
+            is_stop = jnp.arange(logits.shape[-1]) == self.spec.stop_token
+            logits = jnp.where(is_stop & ~begins, -jnp.inf, logits)
         if top_k == 1 and self.draw_fn is _draw:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if cdf:

@@ -87,6 +87,7 @@ def get_config(name="hopper-medium"):
     config.plan.reward_top_k = 1  # greedy, but scored by the mean
     config.plan.percentile = -1.0  # of reward and value in a plan's score; -1 takes their mean
     config.plan.stop_ends_episode = True  # no reward after a predicted end; the reference goes on
+    config.plan.stop_within_transition = True  # as the reference
     config.iql = config_dict.ConfigDict()
     config.iql.hidden_dims = (256, 256)
     config.iql.expectile = 0.7

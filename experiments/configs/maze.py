@@ -77,6 +77,7 @@ def get_config():
     config.plan.reward_top_k = 1  # greedy, but scored by the mean
     config.plan.percentile = -1.0  # of reward and value in a plan's score; -1 takes their mean
     config.plan.stop_ends_episode = True  # no reward after a predicted end; the reference goes on
+    config.plan.stop_within_transition = False  # a false end would look like a reached goal
 
     config.iql = config_dict.ConfigDict()
     config.iql.hidden_dims = (256, 256)
