@@ -19,14 +19,20 @@ def get_config():
         config.data.discount = 0.99  # per transition of 50 ms
         config.data.num_bins = 64
 
-        config.plan.horizon = 15
-        config.plan.beam_width = 32
-        config.plan.replan_every = 2
+        config.train.num_steps = 3_000
+        config.train.final_tokens = 6_600_000  # all updates
+
+        config.plan.horizon = 10
+        config.plan.beam_width = 16
+        config.plan.replan_every = 3
+        config.plan.observation_top_k = 0  # sampled
+        config.plan.observation_cdf = 0.3
 
         config.iql.hidden_dims = (128, 128)
         config.iql.discount = 0.97  # per transition of 50 ms
-        config.iql_train.num_steps = 100_000
+        config.iql_train.num_steps = 30_000
         config.iql_train.log_every = 2_000
-        config.iql_train.eval_every = config.iql_train.checkpoint_every = 20_000
+        config.iql_train.eval_every = config.iql_train.checkpoint_every = 5_000
+        config.table.bc_steps = 10_000
         config.eval.num_episodes = 20
     return config
