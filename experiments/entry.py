@@ -257,6 +257,11 @@ class Preemption:
             return self._noticed
         return bool(multihost_utils.process_allgather(np.int32(self._noticed)).any())
 
+    def check(self, doing: str) -> None:
+        """Raise Interrupted if told to stop while `doing` what saves nothing before its end."""
+        if self.requested():
+            raise Interrupted(f"stopped in {doing!r}, which the same command does again.")
+
 
 class MetricsWriter:
     """Writes metrics to `workdir`/metrics.jsonl, one object per step, and to TensorBoard where tensorboardX is there.

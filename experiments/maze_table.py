@@ -102,17 +102,13 @@ def _play(config, workdir, name, learner, seed, preemption) -> dict[str, np.ndar
         envs = _make_envs(config, workdir, min(NUM_ENVS.value, NUM_EPISODES.value))
         policy = _make_policy(config, workdir, name, learner, seed, envs.num_envs)
 
-        def check():
-            if preemption.requested():
-                raise entry.Interrupted(f"stopped in {METHODS[name]!r}, which the same command does again.")
-
         episodes, _ = control.play(
             envs,
             policy,
             seeds=range(SEED.value, SEED.value + NUM_EPISODES.value),
             config=datasets.data_config(config.data),
             title=f"{METHODS[name]}, seed {seed}",
-            check=check,
+            check=lambda: preemption.check(METHODS[name]),
         )
         envs.close()
         longest = max(episode.length for episode in episodes)

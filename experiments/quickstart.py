@@ -14,10 +14,8 @@ import time
 import gymnasium
 import jax
 import numpy as np
-import tqdm
 from absl import flags, logging
 from matplotlib.figure import Figure
-from minari.data_collector import EpisodeBuffer
 
 from experiments import (
     action_repeat,
@@ -103,24 +101,7 @@ def _collect(dataset_id, preemption) -> dict:
     episodes = _play(
         _waypoint_policy(MAX_NOISE), _seeds(FIRST_DATA_SEED, DATA_EPISODES.value), preemption, title="collect"
     )
-    buffers = []
-    for episode in episodes:
-        observations = np.array(episode.observations, np.float64)
-        buffers.append(
-            EpisodeBuffer(
-                seed=episode.seed,
-                observations={
-                    "observation": observations[:, :4],
-                    "achieved_goal": observations[:, :2],
-                    "desired_goal": observations[:, 4:],
-                },
-                actions=np.array(episode.actions),
-                rewards=np.array(episode.rewards),
-                terminations=np.zeros(episode.length, bool),
-                truncations=np.arange(1, episode.length + 1) == episode.length,
-                infos={},
-            )
-        )
+    buffers = [recording.to_buffer(episode) for episode in episodes]
     recording.write(dataset_id, buffers, env=env, description="Waypoint controller with noise, see the quickstart.")
     returns = [episode.total_reward for episode in episodes]
     return {
@@ -161,18 +142,12 @@ def _seeds(first, num_episodes) -> list[int]:
 
 
 def _play(policy, seeds, preemption, *, title) -> list[rollouts.Episode]:
-    """Play one episode per seed behind a progress bar."""
-    with tqdm.tqdm(total=len(seeds) * EPISODE_STEPS, unit="step", desc=title) as progress:
-
-        def watched_policy(episodes):
-            if preemption.requested():
-                raise entry.Interrupted(f"stopped in {title!r}, which the same command does again.")
-            actions = policy(episodes)
-            progress.update(actions.shape[0] * actions.shape[1] * ACTION_REPEAT)
-            return actions
-
-        envs = rollouts.vectorize(make_env, min(len(seeds), NUM_ENVS))
-        return rollouts.run(envs, watched_policy, seeds=seeds, config=datasets.data_config(CONFIG.value.data))
+    envs = rollouts.vectorize(make_env, min(len(seeds), NUM_ENVS))
+    config = datasets.data_config(CONFIG.value.data)
+    episodes, _ = control.play(
+        envs, policy, seeds=seeds, config=config, title=title, check=lambda: preemption.check(title)
+    )
+    return episodes
 
 
 def _timed(policy) -> tuple[rollouts.Policy, dict[str, float]]:
@@ -206,18 +181,7 @@ def _act_randomly(episodes):
 
 
 def _waypoint_policy(max_noise) -> rollouts.Policy:
-    """Make the policy of the data: each episode has its own noise level in [0, max_noise], and noise is held."""
-    maze = make_env().unwrapped.maze
-
-    def act(episode):
-        rng = np.random.default_rng(episode.seed)
-        noise = rng.uniform(0.0, max_noise)
-        disturbance = noise * rng.standard_normal((1 + episode.length // NOISE_HOLD, 2))[-1]
-        point, goal = np.split(episode.observations[-1], [4])
-        action = waypoint_controller.act({"observation": point, "desired_goal": goal}, maze)
-        return np.clip(action + disturbance, -1.0, 1.0)
-
-    return lambda episodes: np.stack([act(episode) for episode in episodes])[:, None]
+    return waypoint_controller.make_policy(make_env().unwrapped.maze, max_noise=max_noise, noise_hold=NOISE_HOLD)
 
 
 def _plan_policy(workdir, plans) -> rollouts.Policy:

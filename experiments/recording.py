@@ -7,9 +7,12 @@ from collections.abc import Iterable
 
 import gymnasium
 import minari
+import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
+
+from tt_jax import rollouts
 
 
 def check_id(dataset_id: str, *, overwrite: bool) -> None:
@@ -32,6 +35,25 @@ def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
         return gymnasium.make(env, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"Environment {getattr(env, 'id', env)} cannot be made: {error}") from error
+
+
+def to_buffer(episode: rollouts.Episode) -> EpisodeBuffer:
+    """Turn a point maze's episode, whose observations begin with position and velocity, into Minari's."""
+    observations = np.array(episode.observations, np.float64)[:, :4]
+    is_last = np.arange(1, episode.length + 1) == episode.length
+    return EpisodeBuffer(
+        seed=episode.seed,
+        observations={
+            "observation": observations,
+            "achieved_goal": observations[:, :2],
+            "desired_goal": np.tile(episode.goal.astype(np.float64), (len(observations), 1)),
+        },
+        actions=np.array(episode.actions),
+        rewards=np.array(episode.rewards),
+        terminations=is_last & episode.terminated,
+        truncations=is_last & (not episode.terminated),
+        infos={},  # Minari cannot print episodes without
+    )
 
 
 def write(

@@ -11,12 +11,10 @@ import pathlib
 
 import gymnasium
 import numpy as np
-import tqdm
 from absl import flags
 from gymnasium_robotics.envs.maze import maps
-from minari.data_collector import EpisodeBuffer
 
-from experiments import action_repeat, entry, maze_table, recording, stages, train_iql, waypoint_controller
+from experiments import action_repeat, control, entry, maze_table, recording, stages, train_iql, waypoint_controller
 from tt_jax import rollouts, trajectories
 
 flags.set_default(maze_table.CONFIG, str(pathlib.Path(__file__).parent / "configs" / "sparse_maze.py"))
@@ -67,39 +65,18 @@ def _collect(dataset_id, preemption) -> dict:
         1_000_000 * (1 + maze_table.SEED.value), 1_000_000 * (1 + maze_table.SEED.value) + DATA_EPISODES.value
     )
     policy = _behaviour_policy(env.unwrapped.maze)
-    buffers = []
-    with tqdm.tqdm(total=len(seeds), unit="episode", desc="collect") as progress:
-
-        def watched_policy(episodes):
-            if preemption.requested():
-                raise entry.Interrupted("stopped while collecting, which the same command does again.")
-            return policy(episodes)
-
-        envs = rollouts.vectorize(lambda: make_env(start=None, max_episode_steps=DATA_STEPS), NUM_ENVS)
-        episodes = rollouts.run(
-            envs, watched_policy, seeds=seeds, config=CONFIG_OF_DATA, on_finish=lambda episode: progress.update()
-        )
-    for episode in episodes:
-        observations = np.array(episode.observations, np.float64)
-        is_last = np.arange(1, episode.length + 1) == episode.length
-        buffers.append(
-            EpisodeBuffer(
-                seed=episode.seed,
-                observations={
-                    "observation": observations[:, :4],
-                    "achieved_goal": observations[:, :2],
-                    "desired_goal": observations[:, 4:],
-                },
-                actions=np.array(episode.actions),
-                rewards=np.array(episode.rewards),
-                terminations=is_last & episode.terminated,
-                truncations=is_last & (not episode.terminated),
-                infos={},
-            )
-        )
+    envs = rollouts.vectorize(lambda: make_env(start=None, max_episode_steps=DATA_STEPS), NUM_ENVS)
+    episodes, _ = control.play(
+        envs,
+        policy,
+        seeds=seeds,
+        config=CONFIG_OF_DATA,
+        title="collect",
+        check=lambda: preemption.check("collect"),
+    )
     recording.write(
         dataset_id,
-        buffers,
+        map(recording.to_buffer, episodes),
         env=env,
         eval_env=make_env(start=START, max_episode_steps=EVAL_STEPS),
         description="Waypoint controller with noise between random cells, cut short, see experiments/sparse_maze.py.",
@@ -111,15 +88,10 @@ def _behaviour_policy(maze) -> rollouts.Policy:
     """Make the policy of the data: each episode has its own goal cell and noise level, and noise is held."""
     cells = [(i, j) for i, row in enumerate(maze.maze_map) for j, cell in enumerate(row) if cell != 1]
 
-    def act(episode):
-        rng = np.random.default_rng(episode.seed)
-        goal = maze.cell_rowcol_to_xy(np.array(cells[rng.integers(len(cells))]))
-        noise = rng.uniform(0.0, MAX_NOISE)
-        disturbance = noise * rng.standard_normal((1 + episode.length // NOISE_HOLD, 2))[-1]
-        action = waypoint_controller.act({"observation": episode.observations[-1][:4], "desired_goal": goal}, maze)
-        return np.clip(action + disturbance, -1.0, 1.0)
+    def draw_goal(episode, rng):
+        return maze.cell_rowcol_to_xy(np.array(cells[rng.integers(len(cells))]))
 
-    return lambda episodes: np.stack([act(episode) for episode in episodes])[:, None]
+    return waypoint_controller.make_policy(maze, max_noise=MAX_NOISE, noise_hold=NOISE_HOLD, goal_fn=draw_goal)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ path, or to the goal once it is in its cell, so it also recovers when noise has 
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gymnasium
 import numpy as np
 from minari.data_collector import EpisodeBuffer
+
+from tt_jax import rollouts
 
 POSITION_GAIN = 10.0
 VELOCITY_GAIN = 1.0
@@ -45,6 +47,30 @@ def act(observation: dict[str, np.ndarray], maze) -> np.ndarray:
     cell, goal_cell = (tuple(maze.cell_xy_to_rowcol(xy).tolist()) for xy in (position, goal))
     target = goal if cell == goal_cell else maze.cell_rowcol_to_xy(next_cell(maze.maze_map, cell, goal_cell))
     return np.clip(POSITION_GAIN * (target - position) - VELOCITY_GAIN * velocity, -1.0, 1.0)
+
+
+def make_policy(
+    maze,
+    *,
+    max_noise: float,
+    noise_hold: int,
+    goal_fn: Callable[[rollouts.Episode, np.random.Generator], np.ndarray] = lambda episode, rng: episode.goal,
+) -> rollouts.Policy:
+    """Make the noisy controller for environments in step, a function of an episode alone.
+
+    Each episode has its own noise level in [0, max_noise], and noise is held for `noise_hold` actions. `goal_fn`, which
+    may draw from the episode's generator, says where it goes (x, y). Observations begin with position and velocity [4].
+    """
+
+    def act_noisily(episode):
+        rng = np.random.default_rng(episode.seed)
+        goal = goal_fn(episode, rng)
+        noise = rng.uniform(0.0, max_noise)
+        disturbance = noise * rng.standard_normal((1 + episode.length // noise_hold, 2))[-1]
+        action = act({"observation": episode.observations[-1][:4], "desired_goal": goal}, maze)
+        return np.clip(action + disturbance, -1.0, 1.0)
+
+    return lambda episodes: np.stack([act_noisily(episode) for episode in episodes])[:, None]
 
 
 def run_episode(env: gymnasium.Env, rng: np.random.Generator, *, seed: int, noise: float) -> EpisodeBuffer:

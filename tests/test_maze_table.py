@@ -5,10 +5,12 @@ import pathlib
 
 import numpy as np
 import pytest
+from entry_points import ROOT
 
 pytest_plugins = ["entry_fixtures"]
 
 SMALL = [
+    f"--config={ROOT}/experiments/configs/sparse_maze.py",  # its overrides are known only when it is read late
     "--data_episodes=30",
     "--num_episodes=2",
     "--num_seeds=2",
