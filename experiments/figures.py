@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import matplotlib.axes
 import matplotlib.cm
 import matplotlib.colors
 import matplotlib.figure
+import matplotlib.patches
 import numpy as np
 
 START = {"marker": "o", "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 2, "linestyle": "", "zorder": 3}
@@ -49,6 +51,13 @@ def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
     margin = maze.maze_size_scaling / 2  # of the outer wall half a cell is enough
     limits = {"xlim": (margin - half_width, half_width - margin), "ylim": (margin - half_height, half_height - margin)}
     axes.set(aspect="equal", xlabel="x", ylabel="y", **limits)
+
+
+def draw_cells(axes: matplotlib.axes.Axes, maze, centres: Sequence[np.ndarray], **style) -> None:
+    """Shade the cells of a maze with the given centres (x, y); `style` is that of matplotlib's patches."""
+    size = maze.maze_size_scaling
+    for centre in centres:
+        axes.add_patch(matplotlib.patches.Rectangle(np.asarray(centre) - size / 2, size, size, linewidth=0, **style))
 
 
 def draw_values(

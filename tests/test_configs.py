@@ -3,13 +3,13 @@
 import pytest
 
 from experiments import entry
-from experiments.configs import antmaze, locomotion, maze, quickstart, sparse_maze
+from experiments.configs import antmaze, four_rooms, locomotion, maze, quickstart, sparse_maze
 from tt_jax import iql, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
 ANTMAZE = [f"{name}{size}" for name in antmaze.MAZES for size in ("", "-cpu")]
 CONFIGS = {
-    **{module.__name__.split(".")[-1]: module.get_config() for module in (maze, quickstart, sparse_maze)},
+    **{module.__name__.split(".")[-1]: module.get_config() for module in (maze, quickstart, four_rooms, sparse_maze)},
     **{name: locomotion.get_config(name) for name in LOCOMOTION},
     **{f"antmaze-{name}": antmaze.get_config(name) for name in ANTMAZE},
 }
