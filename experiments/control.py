@@ -98,6 +98,12 @@ def plan_policy(
     )
 
 
+def act_randomly(episodes: Sequence[rollouts.Episode]) -> np.ndarray:
+    """Draw one action [1, 2] in [-1, 1] for each episode, a policy for point mazes."""
+    draws = [np.random.default_rng((episode.seed, episode.length)) for episode in episodes]
+    return np.stack([rng.uniform(-1.0, 1.0, (1, 2)) for rng in draws])
+
+
 def compile_policy(policy: rollouts.Policy, observation_dim: int, max_batch: int) -> None:
     """Compile the full batch of a policy before the clock starts; the smaller ones of the last episodes are compiled
     on the way."""

@@ -181,7 +181,7 @@ def _control(workdir, name, preemption) -> list[dict]:
     """Play the episodes of one policy and describe each of them."""
     goals, actor = PLAYED[name]
     policy = {
-        "random": lambda: _act_randomly,
+        "random": lambda: control.act_randomly,
         "controller": lambda: _controller(0.0),
         "planner": lambda: _plan_policy(workdir),
     }[actor]()
@@ -196,11 +196,6 @@ def _control(workdir, name, preemption) -> list[dict]:
         }
         for episode in episodes
     ]
-
-
-def _act_randomly(episodes):
-    draws = [np.random.default_rng((episode.seed, episode.length)) for episode in episodes]
-    return np.stack([rng.uniform(-1.0, 1.0, (1, 2)) for rng in draws])
 
 
 def _plan_policy(workdir) -> rollouts.Policy:

@@ -123,7 +123,7 @@ def _control(workdir, name, preemption) -> dict[str, np.ndarray]:
         path.parent.mkdir(exist_ok=True)
         plans = []
         make_policy = {
-            "random": lambda: _act_randomly,
+            "random": lambda: control.act_randomly,
             "behaviour": lambda: _waypoint_policy(MAX_NOISE),
             "behaviour without noise": lambda: _waypoint_policy(0.0),
             "beam search": lambda: _plan_policy(workdir, plans),
@@ -173,11 +173,6 @@ def _record(episodes, plans) -> dict[str, np.ndarray]:
         "goals": observations[:, 0, 4:6],
         "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
     }
-
-
-def _act_randomly(episodes):
-    draws = [np.random.default_rng((episode.seed, episode.length)) for episode in episodes]
-    return np.stack([rng.uniform(-1.0, 1.0, (1, 2)) for rng in draws])
 
 
 def _waypoint_policy(max_noise) -> rollouts.Policy:
