@@ -7,17 +7,20 @@ On CPU everything is pinned to one core, since idle threads spin and would count
 matrix product and a large copy, are taken in the same run; operations are counted by formula (see performance.md).
 """
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
 import resource
+import tempfile
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import entry
 from tests import oracle
@@ -103,7 +106,7 @@ def train_row(name, batch_size, *, peak):
     """Time train steps with dropout on windows of 10 transitions, gathered from a store on the device."""
     observation_dim, action_dim, _ = SETTINGS[name]
     config, params = _model(observation_dim, action_dim)
-    spec, num_steps = config.spec, 2 if _on_cpu() else 50
+    spec, num_steps = config.spec, 5 if _on_cpu() else 50  # per call, which asks the system for its memory once
     store = trajectories.TokenStore(
         tokens=np.random.default_rng(0).integers(0, spec.num_bins, (100_000, spec.transition_dim), np.uint8),
         offsets=np.arange(0, 100_001, 1000, dtype=np.int32),
@@ -192,10 +195,17 @@ def _model(observation_dim, action_dim):
 
 
 def _timed(fn, *arguments, carry=False, steps=1):
-    """Compile and time `fn`; with `carry` its first result replaces its first argument, which is donated."""
-    started = time.perf_counter()
-    compiled = fn.lower(*arguments).compile()
-    compile_seconds = time.perf_counter() - started
+    """Compile and time `fn`; with `carry` its first result replaces its first argument, which is donated.
+
+    It is compiled twice, traced anew each time: from nothing, and from the persistent cache.
+    """
+    compile_seconds = []
+    with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
+        for _ in range(2):
+            jax.clear_caches()
+            started = time.perf_counter()
+            compiled = fn.lower(*arguments).compile()
+            compile_seconds.append(time.perf_counter() - started)
     walls, cpus = [], []
     for _ in range(REPEATS.value + 1):  # the first is not counted
         wall, cpu = time.perf_counter(), time.process_time()
@@ -204,15 +214,31 @@ def _timed(fn, *arguments, carry=False, steps=1):
         cpus.append((time.process_time() - cpu) / steps)
         if carry:
             arguments = (result[0], *arguments[1:])
-    memory = compiled.memory_analysis()
+    memory, device_memory = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     return {
         "wall_seconds": float(np.median(walls[1:])),
         "wall_seconds_p95": float(np.quantile(walls[1:], 0.95)),
         "cpu_seconds": float(np.median(cpus[1:])),
-        "compile_seconds": compile_seconds,
+        "compile_seconds": compile_seconds[0],
+        "cached_compile_seconds": compile_seconds[1],
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+        "peak_device_bytes": device_memory.get("peak_bytes_in_use"),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+@contextlib.contextmanager
+def _compilation_cache(folder):
+    """Use `folder` as the persistent cache for a while."""
+
+    def use(path):
+        jax.config.update("jax_compilation_cache_dir", path)
+        compilation_cache.reset_cache()
+
+    before = jax.config.jax_compilation_cache_dir
+    use(folder)
+    yield
+    use(before)
 
 
 def _share(flops, row, peak):

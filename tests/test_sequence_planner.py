@@ -201,13 +201,17 @@ CASES = {
     # From the second step on the window slides after every step, in all environments although no buffer is full.
     "window_5_4": Case((5, 4), 3, (1, 0, 1), 7),
     # More past than fits; it slides before and after every second step.
-    "window_4_2_long_context": Case((4, 2), 5, (5, 3, 0), 7, {"observation_top_k": 0, "action_top_k": 5}),
+    "window_4_2_long_context": Case(
+        (4, 2), 5, (5, 3, 0), 7, {"observation_top_k": 0, "action_top_k": 5, "share_ancestors": False}
+    ),
     # As much past as fits; only the newest transition survives a slide.
     "window_3_1_percentile": Case((3, 1), 3, (3, 1, 2), 6, {"percentile": 0.4, "temperature": 1.5, "reward_top_k": 0}),
     # It slides when 5 and again when 10 transitions are planned.
     "window_10_5": Case((10, 5), 5, (5, 3, 0), 12, {"observation_top_k": 2, "reward_cdf": 0.3, "reward_top_k": 3}),
     "no_context_one_environment": Case((5, 4), 0, (0,), 7, {"observation_top_k": 0}),
     "stops_go_on_one_environment": Case((2, 1), 1, (1,), 4, {"stop_ends_episode": False, "observation_cdf": 0.5}),
+    # More beams than are read together, many of them with the same past: cdf filters leave few actions.
+    "many_beams": Case((4, 3), 2, (2, 0), 5, {"beam_width": 40, "num_expand": 2}),
 }
 
 
@@ -217,9 +221,7 @@ def test_cached_plans_equal_those_of_uncached_passes(case):
         horizon=case.horizon,
         window=case.window,
         context_transitions=case.size,
-        beam_width=4,
-        num_expand=3,
-        **case.settings,
+        **({"beam_width": 4, "num_expand": 3} | case.settings),
     )
     make = functools.partial(make_drawn_plan_fn, config=CONFIG, plan_config=plan_config)
     cached = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)

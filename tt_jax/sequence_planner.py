@@ -6,6 +6,8 @@ absolute, so whenever the window slides all keys are computed anew for the windo
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tt_jax import iql, planning, sampling, tokenization, transformer, types
+
+_ROWS_AT_ONCE = 32  # beams whose windows are read together when the window slides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class PlanConfig:
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
     stop_ends_episode: bool = True  # a predicted stop token ends the plan's rewards; the reference goes on
     stop_within_transition: bool = True  # draw it inside of a transition, too, where no data has it, as the reference
+    share_ancestors: bool = True  # as the window slides, read once what beams share: fewer products, in smaller steps
 
     def __post_init__(self):
         window_max, window_keep = self.window
@@ -78,7 +83,8 @@ class _State:
     context_cache: transformer.KeysValues  # [B], of context tokens without values, D - 1 per transition
     context_slots: chex.Array  # [] int32, places of the window that the context takes up, filled or not
     tokens: chex.Array  # [B, W, P, D] int32, planned; the row after `num_planned` begins with the current observation
-    cache: transformer.KeysValues  # [B, W], of planned tokens without values, and of the current observation
+    cache: transformer.KeysValues  # [B, W], of P - 1 whole planned transitions without values
+    current: transformer.KeysValues  # [B, W], of the current observation
     num_planned: chex.Array  # [] int32, whole planned transitions in the window
     logits: chex.Array  # [B, W, V + 1] float32, of the first action token
     ended: chex.Array  # [B, W] bool, the observation says that the episode is over
@@ -178,6 +184,7 @@ class _Model:
         self.reward_fn = reward_fn or (lambda params, reward: reward)
         self.num_keys = self.spec.transition_dim - 1  # of a transition: its value token has none
         self.slots = min(plan_config.window[0], plan_config.horizon)  # P
+        self.cached_slots = max(self.slots - 1, 1)  # with P whole transitions the window slides or the plan is done
 
     def root(self, params, context, observation):
         """Read the past and the current observation, once per environment."""
@@ -202,7 +209,6 @@ class _Model:
         )
         logits = transformer.next_logits(params.transformer, x[:, 0, :, -1], dims[-1], config=self.config)
         num_envs = tokens.shape[0]
-        empty = transformer.empty_cache((num_envs, width), self.slots * self.num_keys, config=self.config)
         own = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:, 0], (num_envs, width, *leaf.shape[3:])), own)
         all_tokens = jnp.zeros([num_envs, width, self.slots, spec.transition_dim], jnp.int32)
         return _State(
@@ -210,7 +216,8 @@ class _Model:
             context_cache=context_cache,
             context_slots=jnp.int32(slots),
             tokens=all_tokens.at[:, :, 0, : spec.observation_dim].set(tokens[:, None]),
-            cache=transformer.write_cache(empty, own, 0),
+            cache=transformer.empty_cache((num_envs, width), self.cached_slots * self.num_keys, config=self.config),
+            current=own,
             num_planned=jnp.int32(0),
             logits=jnp.broadcast_to(logits, (num_envs, width, logits.shape[-1])),
             ended=jnp.zeros(all_tokens.shape[:2], bool),
@@ -222,7 +229,7 @@ class _Model:
         size = (*state.ended.shape, plan.num_expand)
         observation = jax.lax.dynamic_index_in_dim(state.tokens, state.num_planned, axis=2, keepdims=False)
         observation = observation[..., : spec.observation_dim]
-        history = (state.cache, state.num_planned * self.num_keys + spec.observation_dim)
+        past = [(state.cache, state.num_planned * self.num_keys), (state.current, spec.observation_dim)]
 
         def sample(carry, index):  # the action tokens, then the reward token
             logits, cache = carry
@@ -230,11 +237,10 @@ class _Model:
             reward = self._draw(rng_key, logits, step, index, plan.reward_cdf, plan.reward_top_k)
             token = jnp.where(index < spec.action_dim, action, reward)
             offset = spec.observation_dim + index
-            after, own = self._read_token(params, state, token, offset, [history, (cache, index)])
-            return (after, transformer.write_cache(cache, own, index)), (token, logits)
+            return self._read_token(params, state, token, offset, past, cache, index), (token, logits)
 
         logits = jnp.broadcast_to(state.logits[:, :, None], (*size, spec.num_bins + 1))
-        empty = transformer.empty_cache(size, spec.action_dim + 1, config=self.config)
+        empty = transformer.empty_cache((math.prod(size),), spec.action_dim + 1, config=self.config)
         (value_logits, cache), (sampled, sampled_logits) = jax.lax.scan(
             sample, (logits, empty), jnp.arange(spec.action_dim + 1)
         )
@@ -260,7 +266,9 @@ class _Model:
             terminal=over,
             tokens=tokens,
         )
-        return proposal, _Pending(tokens=tokens, cache=cache)
+        return proposal, _Pending(
+            tokens=tokens, cache=jax.tree.map(lambda leaf: leaf.reshape(*size, *leaf.shape[1:]), cache)
+        )
 
     def advance(self, params, rng_key, state, pending, beam, expansion, step):
         """Keep the picked candidates, slide the window if it is full, and sample the next observations."""
@@ -270,10 +278,11 @@ class _Model:
         grown = state.replace(tokens=tokens, num_planned=state.num_planned + 1)
 
         def keep_window():
-            cache = jax.tree.map(lambda leaf: planning.take_beams(leaf, beam), state.cache)
+            cache, current = jax.tree.map(lambda leaf: planning.take_beams(leaf, beam), (state.cache, state.current))
             own = jax.tree.map(lambda leaf: planning.take_candidates(leaf, beam, expansion), pending.cache)
-            start = state.num_planned * self.num_keys + self.spec.observation_dim
-            return grown.replace(cache=transformer.write_cache(cache, own, start))
+            start = state.num_planned * self.num_keys
+            cache = transformer.write_cache(cache, current, start)
+            return grown.replace(cache=transformer.write_cache(cache, own, start + self.spec.observation_dim))
 
         is_full = grown.context_slots + grown.num_planned == self.plan.window[0]
         state = jax.lax.cond(is_full, lambda: self._slide(params, grown), keep_window)
@@ -287,37 +296,68 @@ class _Model:
         context = _keep_newest(state.context, context_slots)
         context_cache = self._read_context(params, context)
         planned = jnp.roll(state.tokens, num_planned - state.num_planned, axis=2)
-        num_slots = min(window_keep, self.slots)
-        read = planned[:, :, :num_slots, :-1].reshape(*planned.shape[:2], 1, -1)  # slots not yet planned are masked
-
-        def read_after(past):
-            _, cache = transformer.decode(
-                params.transformer,
-                read,
-                np.tile(np.arange(self.num_keys), num_slots),
-                _positions(context.length, _key_offsets(num_slots, self.spec), self.spec),
-                past,
-                config=self.config,
-                visible=np.tri(read.shape[-1], dtype=bool)[None],
-            )
-            return cache
-
         segment = (context_cache, context.length * self.num_keys)
-        own = jax.lax.cond(context_slots > 0, lambda: read_after([segment]), lambda: read_after([]))
         return state.replace(
             context=context,
             context_cache=context_cache,
             context_slots=context_slots,
             tokens=planned,
-            cache=transformer.write_cache(state.cache, jax.tree.map(lambda leaf: leaf[:, :, 0], own), 0),
+            cache=self._read_planned(params, context, segment, planned, num_planned, state.cache),
             num_planned=num_planned,
         )
+
+    def _read_planned(self, params, context, segment, planned, num_planned, cache):
+        """Compute the keys of the planned transitions, once for all beams that are equal up to the end of each.
+
+        Goes from transition to transition, and for each over blocks of the distinct beams, as many as there are.
+        """
+        width, block = planned.shape[1], min(_ROWS_AT_ONCE, planned.shape[1])
+        tokens = planned[:, :, : min(self.plan.window[1], self.cached_slots), :-1]
+
+        def read(tokens, slot, past):  # tokens [B, rows, slots, D - 1], those from `slot` on
+            num_slots, num_tokens = tokens.shape[2], tokens.shape[2] * self.num_keys
+            _, own = transformer.decode(
+                params.transformer,
+                tokens.reshape(*tokens.shape[:2], 1, num_tokens),
+                np.tile(np.arange(self.num_keys), num_slots),
+                _positions(context.length + slot, _key_offsets(num_slots, self.spec), self.spec),
+                [segment, *past],
+                config=self.config,
+                visible=np.tri(num_tokens, dtype=bool)[None],
+            )
+            return jax.tree.map(lambda leaf: leaf[:, :, 0], own)
+
+        if not self.plan.share_ancestors:  # what is not planned yet is read too, but hidden
+            return transformer.write_cache(cache, read(tokens, 0, []), 0)
+
+        is_same = (tokens[:, :, None] == tokens[:, None]).all(-1)  # [B, W, W, P]
+        equal = jnp.argmax(jnp.cumprod(is_same, axis=-1), axis=2)  # [B, W, P], the first beam that is the same so far
+        is_first = equal == jnp.arange(width)[None, :, None]
+        num_blocks = -(-jnp.max(jnp.sum(is_first, axis=1), axis=0) // block)  # [P]
+        places = jnp.take_along_axis(jnp.cumsum(is_first, axis=1) - 1, equal, axis=1)  # [B, W, P], among the distinct
+
+        def read_transition(slot, cache):
+            distinct = jnp.argsort(~is_first[..., slot], axis=1)  # [B, W], those first
+
+            def read_block(index, new):
+                rows = jax.lax.dynamic_slice_in_dim(distinct, index * block, block, axis=1)
+                history = jax.tree.map(lambda leaf: planning.take_beams(leaf, rows), cache)
+                transition = planning.take_beams(tokens[:, :, slot], rows)[:, :, None]
+                part = read(transition, slot, [(history, slot * self.num_keys)])
+                write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index * block, axis=1)
+                return jax.tree.map(write, new, part)
+
+            new = transformer.empty_cache(tokens.shape[:2], self.num_keys, config=self.config)
+            new = jax.lax.fori_loop(0, num_blocks[slot], read_block, new)
+            own = jax.tree.map(lambda leaf: planning.take_beams(leaf, places[..., slot]), new)
+            return transformer.write_cache(cache, own, slot * self.num_keys)
+
+        return jax.lax.fori_loop(0, num_planned, read_transition, cache)
 
     def _observe(self, params, rng_key, state, value_token, step):
         """Read the last value token and sample the next observation after it, one token at a time."""
         spec, plan = self.spec, self.plan
-        start = state.num_planned * self.num_keys
-        history = (state.cache, start)
+        past = [(state.cache, state.num_planned * self.num_keys)]
 
         def sample(carry, index):  # at index 0 the value token, at index i the observation's dimension i - 1
             logits, current = carry
@@ -325,31 +365,33 @@ class _Model:
             drawn = self._draw(rng_key, logits, step, call, plan.observation_cdf, plan.observation_top_k)
             token = jnp.where(index == 0, value_token, drawn)[..., None]
             place = jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
-            logits, own = self._read_token(params, state, token, index - 1, [history, (current, place)])
-            own = jax.tree.map(lambda leaf: leaf[:, :, 0], own)
-            return (logits[:, :, 0], transformer.write_cache(current, own, place)), drawn
+            logits, current = self._read_token(params, state, token, index - 1, past, current, place)
+            return (logits[:, :, 0], current), drawn
 
-        current = transformer.empty_cache(state.ended.shape, spec.observation_dim, config=self.config)
+        size = state.ended.shape
+        current = transformer.empty_cache((math.prod(size),), spec.observation_dim, config=self.config)
         indices = jnp.arange(spec.observation_dim + 1)
         (logits, current), drawn = jax.lax.scan(sample, (jnp.zeros_like(state.logits), current), indices)
         observation = jnp.moveaxis(drawn[1:], 0, -1)  # [B, W, N]
         row = jnp.pad(observation, [(0, 0), (0, 0), (0, spec.transition_dim - spec.observation_dim)])
         return state.replace(
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, row[:, :, None], state.num_planned, axis=2),
-            cache=transformer.write_cache(state.cache, current, start),
+            current=jax.tree.map(lambda leaf: leaf.reshape(*size, *leaf.shape[1:]), current),
             logits=logits,
             ended=(observation == spec.stop_token).any(-1) & plan.stop_ends_episode,
         )
 
-    def _read_token(self, params, state, token, offset, past):
+    def _read_token(self, params, state, token, offset, past, own, place):
         """Read one token [B, W, K] at `offset` from the current transition's start; -1 is the last one's value.
 
-        Returns the logits [B, W, K, V + 1] after it and its keys and values.
+        Returns the logits [B, W, K, V + 1] after it, and `own` with its keys and values written at `place`; it sees
+        what stands there up to itself. A value token is not seen.
         """
         spec = self.spec
         dim = offset % spec.transition_dim
         position = _positions(state.context.length + state.num_planned, offset[None], spec)
         context = (state.context_cache, state.context.length * self.num_keys)
+        num_visible = place + (dim != spec.transition_dim - 1)
         x, own = transformer.decode(
             params.transformer,
             token[..., None],
@@ -357,7 +399,9 @@ class _Model:
             position,
             [context, *past],
             config=self.config,
-            visible=jnp.reshape(dim != spec.transition_dim - 1, (1, 1, 1)),
+            visible=(jnp.arange(own.values[0].shape[-2]) < num_visible)[None, None],
+            own=own,
+            start=place,
         )
         return transformer.next_logits(params.transformer, x[..., 0, :], dim, config=self.config), own
 

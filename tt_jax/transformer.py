@@ -9,6 +9,7 @@ observation.
 
 import dataclasses
 import functools
+import math
 import operator
 from typing import Any
 
@@ -359,17 +360,20 @@ def decode(
     *,
     config: TransformerConfig,
     visible: chex.Array,
+    own: KeysValues | None = None,
+    start: chex.Numeric = 0,
 ) -> tuple[chex.Array, KeysValues]:
     """Run `tokens` [B, W, K, T] after a past that is cached; return their output [B, W, K, T, E] and keys and values.
 
     `dims` [T] are their dimensions within a transition, `positions` [B, 1, 1, T] their places in the window. `past`
-    lists segments of the past, each with the number of its tokens that count, [] or [B]. `visible` [B or 1, T, T] tells
-    which of the tokens (columns) each of them (rows) sees. The output is before the final norm, for `next_logits`;
-    where it is not used, the compiler drops the last layer but for its keys and values.
+    lists segments of the past, each with the number of its tokens that count, [] or [B]. The keys and values are
+    written into those of `own` [B * W * K] from place `start` on, if it is given, and returned with it; `visible`
+    [B or 1, T, S] tells which of the S places there (columns) each of the tokens (rows) sees. The output is before the
+    final norm, for `next_logits`; where it is not used, the compiler drops the last layer but for its keys and values.
     """
     x = embed(params, tokens, dims, positions, config=config)
     past = [(segment, count) for segment, count in past if segment.values[0].shape[-2]]
-    masks = [visible[:, None, None, None]]  # [B, 1, 1, 1, T, T], aligned with the scores [B, W, K, H, T, S]
+    masks = [visible[:, None, None, None]]  # [B, 1, 1, 1, T, S], aligned with the scores [B, W, K, H, T, S]
     for segment, count in past:
         mask = jnp.arange(segment.values[0].shape[-2])[None] < jnp.reshape(count, [-1, 1])
         masks.append(mask[:, None, None, None, None])
@@ -377,8 +381,12 @@ def decode(
     for index in range(config.num_layers):
         layer = jax.tree.map(operator.itemgetter(index), params["blocks"])
         query, key, value = qkv_heads(layer, x, config=config)  # [B, W, K, H, T, E / H]
-        keys.append(key.swapaxes(-1, -2))
-        values.append(value)
+        new = KeysValues(keys=(key.swapaxes(-1, -2),), values=(value,))
+        if own is not None:  # written as the product reads it, or else a loop copies the whole at every token
+            new = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), new)
+            new = write_cache(KeysValues(keys=(own.keys[index],), values=(own.values[index],)), new, start)
+        keys += new.keys
+        values += new.values
         shared = [(keys[-1], values[-1])] + [(segment.keys[index], segment.values[index]) for segment, _ in past]
         scores = [
             jnp.where(mask, _tree_matmul(query, key, config).astype(jnp.float32), -jnp.inf)
@@ -402,7 +410,12 @@ def next_logits(params: types.Params, x: chex.Array, dim: chex.Array, *, config:
 
 
 def _tree_matmul(a: chex.Array, b: chex.Array, config: TransformerConfig) -> chex.Array:
-    """Multiply a [B, W, K, H, T, m] by b [B(, W(, K)), H, m, n] into [B, W, K, H, T, n], reading shared parts once."""
+    """Multiply a [B, W, K, H, T, m] by b [B(, W(, K)), H, m, n] into [B, W, K, H, T, n], reading shared parts once.
+
+    If nothing is shared, b may also be [B * W * K, H, m, n].
+    """
+    if b.ndim == 4 and len(b) == math.prod(a.shape[:3]):
+        return matmul(a.reshape(-1, *a.shape[3:]), b, config=config).reshape(*a.shape[:-1], -1)
     num_own = a.ndim - b.ndim  # tree axes of `a` that `b` lacks: they become rows of one product
     if num_own:
         own = tuple(range(3 - num_own, 3))
