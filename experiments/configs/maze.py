@@ -10,6 +10,8 @@ For AntMaze data, whose observations hold the goal reached instead of the body's
 
 from ml_collections import config_dict
 
+from experiments.configs import iql
+
 
 def get_config():
     """Return the settings; the dataset is given by a flag."""
@@ -79,31 +81,11 @@ def get_config():
     config.plan.stop_ends_episode = True  # no reward after a predicted end; the reference goes on
     config.plan.stop_within_transition = False  # a false end would look like a reached goal
 
-    config.iql = config_dict.ConfigDict()
-    config.iql.hidden_dims = (256, 256)
+    iql.add_to(config)
     config.iql.expectile = 0.9
-    config.iql.temperature = 10.0  # of the policy's weights exp(temperature * advantage); 0: behaviour cloning
-    config.iql.discount = 0.99
-    config.iql.tau = 0.005  # how far the target critic moves per update
-    config.iql.learning_rate = 3e-4
-    config.iql.actor_cosine = True  # the policy's rate falls to 0 over the run
-    config.iql.actor_dropout = 0.0
+    config.iql.temperature = 10.0
     config.iql.normalize_observations = True  # velocities are larger than positions; the reference leaves them
     config.iql.reward_units = "minus_one"  # a step costs 1 until the goal is reached
-
-    config.iql_train = config_dict.ConfigDict()
-    config.iql_train.num_steps = 1_000_000
-    config.iql_train.batch_size = 256  # transitions, over all devices
-    config.iql_train.num_seeds = 1  # learners side by side
-    config.iql_train.steps_per_call = 1_000  # updates in one compiled call
-    config.iql_train.log_every = 5_000  # updates
-    config.iql_train.eval_every = 50_000
-    config.iql_train.checkpoint_every = 50_000
-    config.iql_train.keep_checkpoints = 3
-
-    config.eval = config_dict.ConfigDict()  # of IQL's policy while it trains
-    config.eval.num_episodes = 10  # of each learner; 0: none
-    config.eval.goal = ()  # x, y where the goal of a maze stands in every episode; (): where the environment puts it
 
     config.table = config_dict.ConfigDict()  # of experiments/maze_table.py
     config.table.bc_steps = 50_000  # updates of behaviour cloning
