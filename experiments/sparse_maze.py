@@ -61,15 +61,12 @@ def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnas
 def _collect(dataset_id, preemption) -> dict:
     """Record the dataset and describe it; what an interruption left of it is replaced."""
     env = make_env(start=None, max_episode_steps=DATA_STEPS)
-    seeds = range(
-        1_000_000 * (1 + maze_table.SEED.value), 1_000_000 * (1 + maze_table.SEED.value) + DATA_EPISODES.value
-    )
-    policy = _behaviour_policy(env.unwrapped.maze)
+    first = 1_000_000 * (1 + maze_table.SEED.value)  # no episode of the data is played again for the table
     envs = rollouts.vectorize(lambda: make_env(start=None, max_episode_steps=DATA_STEPS), NUM_ENVS)
     episodes, _ = control.play(
         envs,
-        policy,
-        seeds=seeds,
+        _behaviour_policy(env.unwrapped.maze),
+        seeds=range(first, first + DATA_EPISODES.value),
         config=CONFIG_OF_DATA,
         title="collect",
         check=lambda: preemption.check("collect"),
