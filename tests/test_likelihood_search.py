@@ -209,6 +209,23 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
         np.testing.assert_array_equal(plans.action, plans.actions[:, 0])
 
 
+def test_the_stop_token_can_be_kept_to_the_beginning_of_a_transition():
+    # Stop is by far the likeliest token everywhere.
+    params, roots = random_params(config=ONE_LAYER, stop_logit=40.0), random_roots(size=2, lengths=[0, 2])
+    plan_config = sequence_planner.PlanConfig(horizon=3, beam_width=3, window=(3, 2), **NO_FILTERS)
+
+    def stops(**changes):
+        changed = dataclasses.replace(plan_config, **changes)
+        plan_fn = likelihood_search.make_likelihood_plan_fn(config=ONE_LAYER, plan_config=changed)
+        plan = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, *roots)
+        assert np.isfinite(plan.scores).all()
+        return np.asarray(plan.tokens == SPEC.stop_token)  # [B, H, D]
+
+    assert stops()[:, 0, SPEC.observation_dim :].all()
+    kept = stops(stop_within_transition=False)
+    assert not kept[:, 0].any() and kept[:, 1:].all()
+
+
 @pytest.fixture(scope="module")
 def goal_plans():
     """Return the jitted function of plans for a goal, which counts its traces."""

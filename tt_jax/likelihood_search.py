@@ -60,8 +60,8 @@ def make_search_fn(
 ) -> Callable[[sequence_planner.PlannerParams, types.Context, chex.Array], tuple[chex.Array, chex.Array]]:
     """Return search_fn(params, context, observation [B, N]) -> (tokens [B, W, num_tokens], log-likelihoods [B, W]).
 
-    The tokens follow the observation. Of `plan_config` the beam width, the window, the temperature and the filters
-    count: with 0 for all filters this is the reference's search over all tokens; with `observation_top_k=1` and
+    The tokens follow the observation. Of `plan_config` the beam width, the window, the temperature, the filters and
+    `stop_within_transition` count: with 0 for all filters this is the reference's search over all tokens; with `observation_top_k=1` and
     `reward_top_k=1` only actions are searched, and observations and rewards follow greedily at no cost. A
     goal-conditioned model needs `params.goal`.
 
@@ -144,6 +144,13 @@ class _Model:
         """Return the logits of the next token after temperature and the filters of its kind."""
         del params
         plan, spec = self.plan, self.spec
+        dim = self._dim(step)
+        logits = state.logits / plan.temperature
+        if not plan.stop_within_transition:
+            transition = jax.lax.dynamic_index_in_dim(state.tokens, state.num_planned, axis=2, keepdims=False)
+            is_allowed = (dim == 0) | (transition[..., :1] == spec.stop_token)  # an ended episode stays so
+            is_stop = jnp.arange(spec.num_bins + 1) == spec.stop_token
+            logits = jnp.where(is_stop[None, None] & ~is_allowed, -jnp.inf, logits)
         kinds = np.repeat([0, 1, 2], [spec.observation_dim, spec.action_dim, 2])
         filters = [
             (plan.observation_cdf, plan.observation_top_k),
@@ -156,9 +163,8 @@ class _Model:
                 logits = sampling.filter_cdf(logits, cdf)
             return sampling.filter_top_k(logits, top_k) if top_k else logits
 
-        kind = jnp.asarray(kinds)[self._dim(step)]
         branches = [lambda logits, each=each: filtered(logits, *each) for each in filters]
-        return jax.lax.switch(kind, branches, state.logits / plan.temperature)
+        return jax.lax.switch(jnp.asarray(kinds)[dim], branches, logits)
 
     def extend(self, params, state, beam, token, step):
         """Append a token to the picked beams; slide the window when that fills it; predict the token after it."""
