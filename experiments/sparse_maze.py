@@ -36,7 +36,11 @@ def main(_):
     workdir = pathlib.Path(maze_table.WORKDIR.value)
     os.environ["MINARI_DATASETS_PATH"] = str(workdir.resolve() / "datasets")
     with stages.stage("collect data with a scripted controller"):
-        stages.once(workdir / "data.json", lambda: _collect(maze_table.CONFIG.value.dataset, preemption))
+        record = stages.once(workdir / "data.json", lambda: _collect(maze_table.CONFIG.value.dataset, preemption))
+    asked = {"episodes": DATA_EPISODES.value, "seed": maze_table.SEED.value}
+    found = {name: record[name] for name in asked}
+    if found != asked:
+        raise entry.UsageError(f"{workdir} holds data with {found}, not {asked}; use another --workdir.")
     maze_table.compare(maze_table.CONFIG.value, workdir, preemption=preemption)
 
 
@@ -78,7 +82,8 @@ def _collect(dataset_id, preemption) -> dict:
         eval_env=make_env(start=START, max_episode_steps=EVAL_STEPS),
         description="Waypoint controller with noise between random cells, cut short, see experiments/sparse_maze.py.",
     )
-    return {"episodes": len(episodes), "transitions": sum(episode.length for episode in episodes)}
+    transitions = sum(episode.length for episode in episodes)
+    return {"episodes": len(episodes), "seed": maze_table.SEED.value, "transitions": transitions}
 
 
 def _behaviour_policy(maze) -> rollouts.Policy:

@@ -58,3 +58,5 @@ def test_the_same_command_says_that_it_is_done_and_another_setting_is_refused(co
     assert (again.code, "is done; another --workdir starts anew" in again.stdout) == (0, True)
     other = run(*arguments, "--num_episodes=3")
     assert (other.code, "holds a run with other settings" in other.error) == (2, True)
+    other = run(*arguments, "--data_episodes=31")
+    assert (other.code, "holds data with {'episodes': 30, 'seed': 0}" in other.error) == (2, True)

@@ -42,21 +42,20 @@ def get_config(name="medium-diverse"):
 
 
 def _scale_down(config):
-    config.data.num_bins = 250  # fine: an ant moves 0.1 m per step in a maze of 20 m
     config.model.num_layers = 3
     config.model.num_heads = 3
     config.model.embed_dim = 96
-    config.model.max_transitions = 2
+    config.model.max_transitions = 4  # the direction in which an ant walks shows only over several
     config.model.embedding_dropout = 0.0  # few passes over the data
     config.model.attention_dropout = 0.0
     config.model.residual_dropout = 0.0
 
-    config.train.batch_size = 64
-    config.train.num_steps = 6_500
-    config.train.learning_rate = 2e-3
+    config.train.batch_size = 16
+    config.train.num_steps = 36_000
+    config.train.learning_rate = 1.5e-3
     config.train.warmup_tokens = 1_000_000
-    config.train.final_tokens = 32_000_000  # all updates
-    config.train.eval_every = config.train.checkpoint_every = 1_000
+    config.train.final_tokens = 89_000_000  # all updates
+    config.train.eval_every = config.train.checkpoint_every = 2_000
 
     config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
     config.iql_train.num_steps = 150_000
@@ -67,6 +66,6 @@ def _scale_down(config):
     config.plan.replan_every = 5
     config.plan.observation_top_k = 0  # sampled: the likeliest next place is often the bin where the ant already is
     config.plan.observation_cdf = 0.3
-    config.plan.context_transitions = 1
-    config.plan.window = (2, 1)
+    config.plan.context_transitions = 3
+    config.plan.window = (4, 3)
     config.plan.action_cdf = 0.2
