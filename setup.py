@@ -41,7 +41,7 @@ setuptools.setup(
         "envs": ENVS,
         "plots": PLOTS,
         "logging": LOGGING,
-        "test": ["pytest>=8,<10", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
     },
