@@ -8,6 +8,7 @@ a Gaussian policy by advantage-weighted regression. Parameters are a nested dict
     units                         mean and deviation of the observations, scale and shift of the rewards
 
 so that they bring their units along: every function here takes observations and rewards as the environment gives them.
+Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
 """
 
 import dataclasses
@@ -286,11 +287,32 @@ def _network(network, inputs, *, dropout_fn=None):
     last = sum(name.startswith("dense") for name in network) - 1
     for i in range(last + 1):
         layer = network[f"dense_{i}"]
-        x = jnp.matmul(x, layer["kernel"], precision=_PRECISION) + layer["bias"][None]
+        x = _product(x, layer["kernel"]) + layer["bias"][None]
         if i < last:
             x = jax.nn.relu(x)
             x = dropout_fn(x, i) if dropout_fn else x
     return x.reshape(*inputs.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    """Multiply x [n, in] by kernel [in, out]."""
+    return jnp.matmul(x, kernel, precision=_PRECISION)
+
+
+def _product_forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, dy):
+    x, kernel = saved
+    # [in, out] at once: the product that JAX derives is [out, in], which under vmap costs copies, 15% of an update.
+    dot = functools.partial(jax.lax.dot_general, precision=_PRECISION)
+    dkernel = dot(x, dy, dimension_numbers=(((0,), (0,)), ((), ())))
+    return dot(dy, kernel, dimension_numbers=(((1,), (1,)), ((), ()))), dkernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _critics(critic, observations, actions):
