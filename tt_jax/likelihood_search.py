@@ -61,9 +61,9 @@ def make_search_fn(
     """Return search_fn(params, context, observation [B, N]) -> (tokens [B, W, num_tokens], log-likelihoods [B, W]).
 
     The tokens follow the observation. Of `plan_config` the beam width, the window, the temperature, the filters and
-    `stop_within_transition` count: with 0 for all filters this is the reference's search over all tokens; with `observation_top_k=1` and
-    `reward_top_k=1` only actions are searched, and observations and rewards follow greedily at no cost. A
-    goal-conditioned model needs `params.goal`.
+    `stop_within_transition` count: with 0 for all filters this is the reference's search over all tokens; with
+    `observation_top_k=1` and `reward_top_k=1` only actions are searched, and observations and rewards follow greedily
+    at no cost. A goal-conditioned model needs `params.goal`.
 
     Raises ValueError if the window is longer than the model can read, or a goal is missing, unexpected or misshapen.
     """
