@@ -402,12 +402,13 @@ def test_a_score_fn_replaces_the_score_and_sees_the_whole_proposal():
 
 def test_the_stop_token_can_be_kept_to_the_beginning_of_a_transition():
     # Stop is by far the likeliest token everywhere.
-    params, roots = random_params(stop_logit=40.0), random_roots(size=2, lengths=[0, 2])
+    params, roots = random_params(config=ONE_LAYER, stop_logit=40.0), random_roots(size=2, lengths=[0, 2])
     plan_config = sequence_planner.PlanConfig(horizon=3, beam_width=3, window=(3, 2), action_cdf=0.0)
 
     def stops(**changes):
         changed = dataclasses.replace(plan_config, **changes)
-        plan = jax.jit(sequence_planner.make_plan_fn(config=CONFIG, plan_config=changed))(params, *roots)
+        plan_fn = sequence_planner.make_plan_fn(config=ONE_LAYER, plan_config=changed)
+        plan = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, *roots)
         return np.asarray(plan.tokens == SPEC.stop_token)  # [B, H, D]
 
     assert stops()[:, 0, SPEC.observation_dim :].all()
@@ -443,7 +444,8 @@ def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
         np.asarray(table), False, params, *roots
     )
     guided = sequence_planner.guide_by_q(discount=0.8)
-    got = jax.jit(make_drawn_plan_fn(sequence_planner.make_plan_fn, **settings, **guided))(table, False, params, *roots)
+    plan_fn = make_drawn_plan_fn(sequence_planner.make_plan_fn, **settings, **guided)
+    got = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(table, False, params, *roots)
     assert_same_plans(got, expected, atol=1e-3)
 
 
