@@ -38,7 +38,7 @@ def main(_):
     with stages.stage("collect data with a scripted controller"):
         record = stages.once(workdir / "data.json", lambda: _collect(maze_table.CONFIG.value.dataset, preemption))
     asked = {"episodes": DATA_EPISODES.value, "seed": maze_table.SEED.value}
-    found = {name: record[name] for name in asked}
+    found = {name: record.get(name) for name in asked}
     if found != asked:
         raise entry.UsageError(f"{workdir} holds data with {found}, not {asked}; use another --workdir.")
     maze_table.compare(maze_table.CONFIG.value, workdir, preemption=preemption)

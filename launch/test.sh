@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install into .venv (or the environment of PYTHON=), lint and test, files side by side; arguments are passed on to pytest.
+# Install into .venv (or the environment of PYTHON=), lint, and run the test files side by side; arguments are passed
+# on to pytest.
 #   launch/test.sh [-m slow ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
