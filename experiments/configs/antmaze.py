@@ -68,4 +68,3 @@ def _scale_down(config):
     config.plan.observation_cdf = 0.3
     config.plan.context_transitions = 3
     config.plan.window = (4, 3)
-    config.plan.action_cdf = 0.2
