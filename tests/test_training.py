@@ -88,6 +88,28 @@ def test_weight_decay_is_for_the_reference_s_parameters(arrays):
     assert all(leaf.all() == leaf.any() for leaf in jax.tree.leaves(expected))
 
 
+def test_muon_turns_kernels_by_their_polar_factors_and_leaves_the_rest_to_adam(arrays, config, start, update):
+    batch = golden.batch_from(arrays, "batch0/")
+    muon = dataclasses.replace(config, optimizer="muon", weight_decay=0.0)
+    state = start.replace(opt_state=training.make_optimizer(muon).init(start.params))
+    step = functools.partial(training.update, config=muon, model_config=golden.CONFIG)
+    moved, metrics = jax.jit(step, compiler_options=golden.FAST_COMPILE)(state, batch, None)
+    turned = jax.tree.map(lambda old, new: (old - new) / metrics["learning_rate"], start.params, moved.params)
+    grads = jax.grad(lambda params: transformer.loss(params, batch, config=golden.CONFIG)[0])(start.params)
+    for name in ("qkv", "projection", "mlp_in", "mlp_out"):
+        for got, grad in zip(turned["blocks"][name]["kernel"], grads["blocks"][name]["kernel"], strict=True):
+            left, _, right = np.linalg.svd(grad, full_matrices=False)
+            expected = left @ right * 0.4 * max(grad.shape) ** 0.5
+            cosine = np.sum(got * expected) / np.linalg.norm(got) / np.linalg.norm(expected)
+            assert cosine > 0.9, (name, cosine)  # Newton-Schulz stops short of 1 for the smallest singular values
+            assert 0.7 < np.linalg.norm(got) / np.linalg.norm(expected) < 1.2
+    adam, _ = update(start, batch)  # Nesterov's first step is longer by 1 + 0.9 / 1.9
+    expected = jax.tree.map(lambda old, new: old + 28 / 19 * (new - old), start.params, adam.params)
+    for params in (moved.params, expected):
+        params["head"] = params["blocks"] = params["blocks"]["mlp_in"]["bias"]
+    chex.assert_trees_all_close(moved.params, expected, rtol=0, atol=1e-6)
+
+
 def test_the_schedule_is_the_reference_s_also_where_its_cosine_rises_again(arrays):
     settings = {"warmup_tokens": int(arrays["schedule_warmup"]), "final_tokens": int(arrays["schedule_final"])}
     config = training.TrainConfig(learning_rate=1.0, **settings)

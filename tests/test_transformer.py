@@ -155,6 +155,27 @@ def test_what_cannot_be_read_is_refused(params):
         dataclasses.replace(CONFIG, attention_dropout=1.0)
 
 
+def test_smooth_embeddings_start_alike_for_neighbouring_bins_only():
+    spec = types.TransitionSpec(observation_dim=11, action_dim=3, num_bins=100)
+    config = transformer.TransformerConfig(spec=spec, smooth_embedding=True)
+    params = transformer.init(jax.random.key(0), config=config)
+    plain = transformer.init(jax.random.key(0), config=dataclasses.replace(config, smooth_embedding=False))
+    without_table = [{name: leaf for name, leaf in p.items() if name != "token_embedding"} for p in (params, plain)]
+    chex.assert_trees_all_equal(*without_table)
+    table = np.asarray(params["token_embedding"])
+    assert table.shape == plain["token_embedding"].shape and not table[-1].any()
+    by_bin = table[:-1].reshape(16, 100, 128)
+    np.testing.assert_allclose([by_bin.mean(), by_bin.std()], [0.0, 0.1], atol=5e-3)
+
+    def distance(bins_apart):
+        return np.linalg.norm(by_bin[:, bins_apart:] - by_bin[:, : 100 - bins_apart], axis=-1)
+
+    assert distance(1).max() < 0.25 * distance(50).min()
+    assert (distance(1).mean() < distance(5).mean()) and (distance(5).mean() < distance(20).mean())
+    across = np.linalg.norm(by_bin[1:] - by_bin[:-1], axis=-1)  # the same bin of the next dimension
+    assert across.min() > 4 * distance(1).mean()
+
+
 def test_initial_parameters_are_distributed_as_the_reference_s():
     spec = types.TransitionSpec(observation_dim=11, action_dim=3, num_bins=100)
     config = transformer.TransformerConfig(spec=spec, goal_conditioned=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import jax_utils
 
 from tt_jax import iql, trajectories, transformer, types
@@ -34,6 +35,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest global norm
     beta1: float = 0.9
     beta2: float = 0.95
+    optimizer: str = "adamw"  # or "muon", which needs half the updates
     warmup_tokens: int = 0  # 0: those of one epoch
     final_tokens: int = 0  # where the cosine first reaches its floor; 0: those of 20 epochs
     clamp_cosine: bool = False  # stay at the floor after final_tokens; the reference's cosine rises again
@@ -48,6 +50,8 @@ class TrainConfig:
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f'train.optimizer must be "adamw" or "muon", got "{self.optimizer}".')
         if self.learning_rate <= 0 or self.grad_clip <= 0:
             raise ValueError(
                 f"train.learning_rate={self.learning_rate} and train.grad_clip={self.grad_clip} must be positive."
@@ -90,12 +94,32 @@ def learning_rate(tokens_seen: chex.Numeric, *, config: TrainConfig) -> chex.Arr
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW without its rate, which depends on tokens and is applied in `update`; only matrices of products decay."""
+    """AdamW or Muon without its rate, which depends on tokens and is applied in `update`; see `decay_mask`.
+
+    Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of the blocks' kernels and leaves everything
+    else to Adam with Nesterov momentum. The root mean square of its updates, 0.4, is somewhat above Adam's, so that one
+    rate serves both.
+    """
+    direction = optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8)
+    if config.optimizer == "muon":
+        direction = optax.contrib.muon(
+            learning_rate=-1.0,  # optax would turn the sign
+            consistent_rms=0.4,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
-        optax.scale_by_adam(config.beta1, config.beta2, eps=1e-8),
+        direction,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )
+
+
+def _muon_dimensions(params):
+    """Mark the kernels, stacked over layers, as matrices [input, output]."""
+    matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree_util.tree_map_with_path(lambda path, _: matrices if path[-1].key == "kernel" else None, params)
 
 
 def decay_mask(params: types.Params) -> types.Params:

@@ -39,6 +39,7 @@ class TransformerConfig:
     action_weight: float = 5.0  # of the loss per kind of target token; observations have weight 1
     reward_weight: float = 1.0
     value_weight: float = 1.0
+    smooth_embedding: bool = False  # start with like embeddings for neighbouring bins, which learns faster
     dtype: str = "float32"  # of the matrix products but the last; softmax, norms and logits are float32 in any case
     goal_conditioned: bool = False  # put one more observation, the goal, in front of the sequence
     reference_goal_mask: bool = False  # hide the columns that the reference hides, which misses the value tokens
@@ -67,7 +68,10 @@ class TransformerConfig:
 
 
 def init(rng_key: chex.PRNGKey, *, config: TransformerConfig) -> types.Params:
-    """Draw float32 parameters as the reference does: normal(0.02), but the head uniform in +-1/sqrt(E)."""
+    """Draw float32 parameters as the reference does: normal(0.02), but the head uniform in +-1/sqrt(E).
+
+    With `smooth_embedding` tokens of neighbouring bins start out alike, as numbers that are close should.
+    """
     layers, embed, spec = config.num_layers, config.embed_dim, config.spec
     tokens_key, head_key, goal_key, *block_keys = jax.random.split(rng_key, 7)
 
@@ -82,7 +86,11 @@ def init(rng_key: chex.PRNGKey, *, config: TransformerConfig) -> types.Params:
 
     bound = embed**-0.5
     params = {
-        "token_embedding": normal(tokens_key, spec.num_bins * spec.transition_dim + 1, embed),
+        "token_embedding": (
+            _smooth_embedding(tokens_key, spec, embed)
+            if config.smooth_embedding
+            else normal(tokens_key, spec.num_bins * spec.transition_dim + 1, embed)
+        ),
         "position_embedding": jnp.zeros([config.block_size, embed]),
         "blocks": {
             "norm_1": norm(layers, embed),
@@ -100,6 +108,17 @@ def init(rng_key: chex.PRNGKey, *, config: TransformerConfig) -> types.Params:
     if config.goal_conditioned:
         params["goal_embedding"] = normal(goal_key, spec.num_bins * spec.observation_dim, embed)
     return params
+
+
+def _smooth_embedding(key, spec, embed):
+    """Draw the token table [N * D + 1, E] as random sums of slow cosines over each dimension's bins, normal(0.1)."""
+    frequencies = np.arange(8)  # half periods over all bins
+    centers = (np.arange(spec.num_bins) + 0.5) / spec.num_bins
+    waves = np.cos(np.pi * frequencies * centers[:, None]) * np.where(frequencies, 2.0, 1.0) ** 0.5
+    waves /= (1 + frequencies) ** 0.5 * np.sum(1 / (1 + frequencies)) ** 0.5  # [N, 8], the slow ones larger
+    coefficients = jax.random.normal(key, (spec.transition_dim, len(frequencies), embed))
+    table = 0.1 * jnp.einsum("nf,dfe->dne", waves, coefficients).reshape(-1, embed)
+    return jnp.concatenate([table, jnp.zeros([1, embed])])  # the stop token is no number
 
 
 def apply(

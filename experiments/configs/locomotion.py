@@ -53,6 +53,7 @@ def get_config(name="hopper-medium"):
     config.model.action_weight = 5.0  # of the loss of action tokens; observation tokens have 1
     config.model.reward_weight = 1.0
     config.model.value_weight = 1.0
+    config.model.smooth_embedding = False  # start with like embeddings for neighbouring bins
     config.model.dtype = "float32"  # of the products; "bfloat16" is faster on accelerators
 
     config.train = config_dict.ConfigDict()
@@ -61,6 +62,7 @@ def get_config(name="hopper-medium"):
     config.train.num_steps = windows // config.train.batch_size  # 1e6 / size x 50 (80) epochs of a dataset
     config.train.learning_rate = 6e-4
     config.train.weight_decay = 0.1  # of matrices only
+    config.train.optimizer = "adamw"  # or "muon"
     config.train.grad_clip = 1.0  # largest norm of the gradient
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95

@@ -43,6 +43,7 @@ def get_config():
     config.model.action_weight = 5.0  # of the loss of action tokens; observation tokens have 1
     config.model.reward_weight = 1.0
     config.model.value_weight = 1.0
+    config.model.smooth_embedding = False  # start with like embeddings for neighbouring bins
     config.model.dtype = "float32"  # of the products; "bfloat16" is faster on accelerators
     config.model.goal_conditioned = False  # put the observation in which the episode ends in front
 
@@ -51,6 +52,7 @@ def get_config():
     config.train.batch_size = 64  # windows, over all devices
     config.train.learning_rate = 1e-3
     config.train.weight_decay = 0.1  # of matrices only
+    config.train.optimizer = "adamw"  # or "muon"
     config.train.grad_clip = 1.0  # largest norm of the gradient
     config.train.beta1 = 0.9
     config.train.beta2 = 0.95
