@@ -47,13 +47,15 @@ def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
         logits = _logits_at(params.transformer, padded.reshape(-1, padded.shape[-1]), places.reshape(-1), config=config)
         return np.asarray(logits).reshape(*partial.shape[:-1], -1)
 
-    def draw(rng_key, logits, call_index, cdf, top_k):
+    def draw(rng_key, logits, call_index, cdf, top_k, central=1.0):
         logits = logits / np.float32(plan.temperature)
         if cdf:
             logits = _filter_cdf(logits, cdf)
         if top_k:
             kth = np.sort(logits, axis=-1)[..., -top_k, None]
             logits = np.where(logits < kth, -np.inf, logits)
+        if central < 1:
+            logits = _filter_central(logits, central)
         if draw_fn is not None:
             return np.asarray(draw_fn(rng_key, logits, call_index))
         if top_k == 1:
@@ -104,7 +106,8 @@ def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
                 is_action = index < spec.action_dim
                 cdf = plan.action_cdf if is_action else plan.reward_cdf
                 top_k = plan.action_top_k if is_action else plan.reward_top_k
-                token = draw(rng_key, logits, call_index + index, cdf, top_k)[..., None]
+                central = plan.action_central if is_action else 1.0
+                token = draw(rng_key, logits, call_index + index, cdf, top_k, central)[..., None]
                 candidates = np.concatenate([candidates, token], axis=-1)
                 if is_action:
                     probs = _softmax(logits / np.float32(plan.temperature))
@@ -144,10 +147,11 @@ def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
 
             if step + 1 < plan.horizon:
                 begun = np.zeros((*begun.shape[:2], 0), np.int32)
+                filters = (plan.observation_cdf, plan.observation_top_k, plan.observation_central)
                 for index in range(spec.observation_dim):
                     logits = next_logits(params, window, num_empty, begun)
                     call = call_index + spec.action_dim + 2 + index
-                    token = draw(rng_key, logits, call, plan.observation_cdf, plan.observation_top_k)
+                    token = draw(rng_key, logits, call, *filters)
                     begun = np.concatenate([begun, token[..., None]], axis=-1)
                 ended = ended | ((begun == spec.stop_token).any(-1) & plan.stop_ends_episode)
 
@@ -168,8 +172,9 @@ def search_by_likelihood(params, context, observed, num_tokens, *, config, plan_
     num_slots, dim = plan.context_transitions, spec.transition_dim
     num_empty = num_slots - len(context)
     dropped = max(num_slots - window_keep, 0) if num_slots >= window_max else 0  # places, from the oldest on
-    filters = [(plan.observation_cdf, plan.observation_top_k)] * spec.observation_dim
-    filters += [(plan.action_cdf, plan.action_top_k)] * spec.action_dim + [(plan.reward_cdf, plan.reward_top_k)] * 2
+    filters = [(plan.observation_cdf, plan.observation_top_k, plan.observation_central)] * spec.observation_dim
+    filters += [(plan.action_cdf, plan.action_top_k, plan.action_central)] * spec.action_dim
+    filters += [(plan.reward_cdf, plan.reward_top_k, 1.0)] * 2
     found, scores = np.asarray(observed)[None], np.zeros(1, np.float32)
     for _ in range(num_tokens):
         is_whole, done = found.shape[1] % dim == 0, found.shape[1] // dim
@@ -185,11 +190,13 @@ def search_by_likelihood(params, context, observed, num_tokens, *, config, plan_
         logits = np.asarray(_logits_at(params, padded, places, goals, config=config))[: len(found)]
 
         logits = logits / np.float32(plan.temperature)
-        cdf, top_k = filters[found.shape[1] % dim]
+        cdf, top_k, central = filters[found.shape[1] % dim]
         if cdf:
             logits = _filter_cdf(logits, cdf)
         if top_k:
             logits = np.where(logits < np.sort(logits, axis=-1)[..., -top_k, None], -np.inf, logits)
+        if central < 1:
+            logits = _filter_central(logits, central)
         with np.errstate(divide="ignore"):
             largest = logits.max(axis=-1, keepdims=True)
             log_probs = logits - largest - np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True))
@@ -205,6 +212,14 @@ def search_by_likelihood(params, context, observed, num_tokens, *, config, plan_
 def _softmax(logits):
     unnormalised = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+
+
+def _filter_central(logits, share):
+    """Cut the cumulated probabilities to the central share and take the logarithm of what each token has left."""
+    mass = np.cumsum(_softmax(logits), axis=-1)
+    edges = np.concatenate([np.zeros_like(mass[..., :1]), mass], axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.log(np.diff(np.clip(edges, (1 - share) / 2, (1 + share) / 2), axis=-1))
 
 
 def _filter_cdf(logits, threshold):

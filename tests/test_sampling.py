@@ -53,6 +53,27 @@ def test_filter_top_k_keeps_the_reference_s_tokens_and_ties(arrays):
         np.testing.assert_allclose(softmax(np.asarray(got)), arrays[f"filter/topk{k}_probs"], rtol=1e-5, atol=1e-7)
 
 
+def test_filter_central_keeps_the_middle_of_the_mass():
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.4, 0.2, 0.1, 0.0]))
+    for share, expected in [
+        (1.0, [0.1, 0.2, 0.4, 0.2, 0.1, 0.0]),
+        (0.8, [0.0, 0.2, 0.4, 0.2, 0.0, 0.0]),
+        (0.6, [0.0, 0.1, 0.4, 0.1, 0.0, 0.0]),
+        (0.1, [0.0, 0.0, 0.1, 0.0, 0.0, 0.0]),
+    ]:
+        np.testing.assert_allclose(np.exp(sampling.filter_central(logits, share)), expected, atol=1e-6)
+    # Its draws are those of all tokens whose uniform number lies within the share.
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(500, 100)), jnp.float32)
+    uniform = jax.random.uniform(jax.random.key(0), (500,))
+    got = sampling.categorical(sampling.filter_central(logits, 0.3), uniform)
+    expected = sampling.categorical(logits, 0.35 + 0.3 * uniform)
+    assert (np.asarray(got) == np.asarray(expected)).mean() > 0.99  # the rest is rounding
+    medians = sampling.categorical(logits, jnp.full(500, 0.5))
+    only = np.isfinite(sampling.filter_central(logits, 0.0))
+    assert (only.sum(axis=-1) == 1).all()
+    assert (only.argmax(axis=-1) == np.asarray(medians)).mean() > 0.99
+
+
 def test_filters_in_turn_give_the_reference_s_distributions(arrays):
     logits = jnp.asarray(arrays["filter/logits"])
     for index, threshold in enumerate(arrays["filter/thresholds"]):
@@ -106,6 +127,8 @@ def test_categorical_inverts_the_cdf():
 
 def test_filters_run_under_transformations_and_keep_the_type():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(4, 3, 9)), jnp.float32)
-    for fn in (lambda x: sampling.filter_cdf(x, 0.6), lambda x: sampling.filter_top_k(x, 3)):
+    filters = [lambda x: sampling.filter_cdf(x, 0.6), lambda x: sampling.filter_top_k(x, 3)]
+    filters += [lambda x, share=share: sampling.filter_central(x, share) for share in (0.0, 0.5)]
+    for fn in filters:
         check_transforms(fn, logits)
         assert fn(logits.astype(jnp.bfloat16)).dtype == jnp.bfloat16

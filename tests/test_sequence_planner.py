@@ -208,6 +208,9 @@ CASES = {
     "window_3_1_percentile": Case((3, 1), 3, (3, 1, 2), 6, {"percentile": 0.4, "temperature": 1.5, "reward_top_k": 0}),
     # It slides when 5 and again when 10 transitions are planned.
     "window_10_5": Case((10, 5), 5, (5, 3, 0), 12, {"observation_top_k": 2, "reward_cdf": 0.3, "reward_top_k": 3}),
+    "near_the_median": Case(
+        (3, 2), 2, (2, 0), 3, {"action_central": 0.4, "observation_top_k": 0, "observation_central": 0.7}
+    ),
     "no_context_one_environment": Case((5, 4), 0, (0,), 7, {"observation_top_k": 0}),
     "stops_go_on_one_environment": Case((2, 1), 1, (1,), 4, {"stop_ends_episode": False, "observation_cdf": 0.5}),
     # More beams than are read together, many of them with the same past: cdf filters leave few actions.
@@ -474,6 +477,7 @@ def test_memory_does_not_hold_the_context_once_per_beam():
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"discount": 1.5}, r"discount=1.5 must be in \[0, 1\]"),
         ({"action_cdf": -0.1}, r"action_cdf=-0.1 must be in \[0, 1\]"),
+        ({"action_central": 1.1}, r"action_central=1.1 must be in \[0, 1\]"),
         ({"reward_top_k": -1}, "reward_top_k=-1 must not be negative"),
         ({"percentile": 1.0}, r"percentile=1.0 must be in \[0, 1\), or -1 for the mean"),
     ],

@@ -153,15 +153,17 @@ class _Model:
             logits = jnp.where(is_stop[None, None] & ~is_allowed, -jnp.inf, logits)
         kinds = np.repeat([0, 1, 2], [spec.observation_dim, spec.action_dim, 2])
         filters = [
-            (plan.observation_cdf, plan.observation_top_k),
-            (plan.action_cdf, plan.action_top_k),
-            (plan.reward_cdf, plan.reward_top_k),
+            (plan.observation_cdf, plan.observation_top_k, plan.observation_central),
+            (plan.action_cdf, plan.action_top_k, plan.action_central),
+            (plan.reward_cdf, plan.reward_top_k, 1.0),
         ]
 
-        def filtered(logits, cdf, top_k):
+        def filtered(logits, cdf, top_k, central):
             if cdf:
                 logits = sampling.filter_cdf(logits, cdf)
-            return sampling.filter_top_k(logits, top_k) if top_k else logits
+            if top_k:
+                logits = sampling.filter_top_k(logits, top_k)
+            return sampling.filter_central(logits, central) if central < 1 else logits
 
         branches = [lambda logits, each=each: filtered(logits, *each) for each in filters]
         return jax.lax.switch(jnp.asarray(kinds)[dim], branches, logits)

@@ -21,6 +21,20 @@ def filter_cdf(logits: chex.Array, threshold: float) -> chex.Array:
     return jnp.where(keep, logits, jnp.asarray(_FLOOR, logits.dtype))
 
 
+def filter_central(logits: chex.Array, share: float) -> chex.Array:
+    """Keep the central `share` of the mass of ordered tokens and return its logarithm: 1 keeps all, 0 the median alone.
+
+    A token at an edge keeps the part of its mass that lies inside; minus infinity is outside. Unlike the likeliest
+    token, which in bins of equal counts is the value that is unusually likely, the median does not depend on the bins.
+    """
+    probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    upper = jnp.cumsum(probs, axis=-1)
+    lower = upper - probs
+    low, high = ((1 - share) / 2 * upper[..., -1:], (1 + share) / 2 * upper[..., -1:])
+    inside = jnp.minimum(upper, high) - jnp.maximum(lower, low) if share else (lower <= low) & (low < upper)
+    return jnp.log(jnp.maximum(inside, 0.0)).astype(logits.dtype)
+
+
 def filter_top_k(logits: chex.Array, k: int) -> chex.Array:
     """Set all logits below the k-th largest to minus infinity; ties with it stay."""
     kth = jax.lax.top_k(logits, k)[0][..., -1:]

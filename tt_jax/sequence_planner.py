@@ -35,8 +35,10 @@ class PlanConfig:
     temperature: float = 1.0
     action_cdf: float = 0.6  # thresholds of `sampling.filter_cdf`, 0: no filter
     action_top_k: int = 0  # of `sampling.filter_top_k`, 0: no filter
+    action_central: float = 1.0  # of `sampling.filter_central`, 1: no filter
     observation_cdf: float = 0.0
     observation_top_k: int = 1
+    observation_central: float = 1.0
     reward_cdf: float = 0.0  # of reward and value tokens
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
@@ -56,7 +58,8 @@ class PlanConfig:
         for name in ("context_transitions", "action_top_k", "observation_top_k", "reward_top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        for name in ("discount", "action_cdf", "observation_cdf", "reward_cdf"):
+        shares = ("discount", "action_cdf", "action_central", "observation_cdf", "observation_central", "reward_cdf")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if self.temperature <= 0:
@@ -233,7 +236,8 @@ class _Model:
 
         def sample(carry, index):  # the action tokens, then the reward token
             logits, cache = carry
-            action = self._draw(rng_key, logits, step, index, plan.action_cdf, plan.action_top_k)
+            filters = (plan.action_cdf, plan.action_top_k, plan.action_central)
+            action = self._draw(rng_key, logits, step, index, *filters)
             reward = self._draw(rng_key, logits, step, index, plan.reward_cdf, plan.reward_top_k)
             token = jnp.where(index < spec.action_dim, action, reward)
             offset = spec.observation_dim + index
@@ -362,7 +366,8 @@ class _Model:
         def sample(carry, index):  # at index 0 the value token, at index i the observation's dimension i - 1
             logits, current = carry
             call = spec.action_dim + 1 + index
-            drawn = self._draw(rng_key, logits, step, call, plan.observation_cdf, plan.observation_top_k)
+            filters = (plan.observation_cdf, plan.observation_top_k, plan.observation_central)
+            drawn = self._draw(rng_key, logits, step, call, *filters)
             token = jnp.where(index == 0, value_token, drawn)[..., None]
             place = jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
             logits, current = self._read_token(params, state, token, index - 1, past, current, place)
@@ -422,8 +427,8 @@ class _Model:
         )
         return jax.tree.map(lambda leaf: leaf[:, 0, 0], cache)
 
-    def _draw(self, rng_key, logits, step, index, cdf, top_k):
-        """Draw tokens from `logits` [..., V + 1] after the filters; the order of the two is the reference's."""
+    def _draw(self, rng_key, logits, step, index, cdf, top_k, central=1.0):
+        """Draw tokens from `logits` [..., V + 1] after the filters; the order of the first two is the reference's."""
         logits = logits / self.plan.temperature
         if not self.plan.stop_within_transition:
             begins = index == self.spec.action_dim + 2  # the first dimension of the next observation
@@ -435,6 +440,8 @@ class _Model:
             logits = sampling.filter_cdf(logits, cdf)
         if top_k:
             logits = sampling.filter_top_k(logits, top_k)
+        if central < 1:
+            logits = sampling.filter_central(logits, central)
         return self.draw_fn(rng_key, logits, step * self.spec.transition_dim + index).astype(jnp.int32)
 
     def _estimate(self, params, logits, *, dim):

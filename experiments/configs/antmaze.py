@@ -66,7 +66,9 @@ def _scale_down(config):
     config.plan.horizon = 10
     config.plan.beam_width = 16
     config.plan.replan_every = 5
+    config.plan.action_cdf = 0.0
+    config.plan.action_central = 0.3  # the noise of the data makes a model of this size fall
     config.plan.observation_top_k = 0  # sampled: the likeliest next place is often the bin where the ant already is
-    config.plan.observation_cdf = 0.3
+    config.plan.observation_central = 0.5
     config.plan.context_transitions = 3
     config.plan.window = (4, 3)
