@@ -64,8 +64,9 @@ def beam_plan(
     beam_width: int,
     num_expand: int,
     discount: float,
+    num_elites: int = 1,
 ) -> types.PlanOutput:
-    """Search for the action sequence with the best score and return it.
+    """Search for the action sequence with the best score and return it, or the mean of the `num_elites` best.
 
     `rng_key` [B] holds a key per environment, from which everything drawn for it comes; `root` is the model's state at
     step 0, with all beams at the root. Of the W * K candidates of a step the W with the best
@@ -77,6 +78,8 @@ def beam_plan(
         raise ValueError(
             f"horizon={horizon}, beam_width={beam_width} and num_expand={num_expand} must all be at least 1."
         )
+    if not 1 <= num_elites <= beam_width:
+        raise ValueError(f"num_elites={num_elites} must be between 1 and beam_width={beam_width}.")
     score_fn = score_fn or score_by_value(discount)
     num_envs = rng_key.shape[0]
     size = (num_envs, beam_width)
@@ -114,12 +117,14 @@ def beam_plan(
     beams = _Beams(state=root, returns=jnp.zeros(size, jnp.float32), ended=jnp.zeros(size, bool))
     _, (beam, action, tokens, scores) = jax.lax.scan(search_step, beams, jnp.arange(horizon))
 
-    def trace_back(index, picked):  # index [B, 1]: where the best plan stood among the beams after a step
-        step_beam, step_action, step_tokens = picked
-        chosen = [take_beams(x, index)[:, 0] for x in (step_action, step_tokens)]
-        return take_beams(step_beam, index), chosen
+    is_plan = jnp.isfinite(scores[-1][:, :num_elites, None]).at[:, 0].set(True)  # with few candidates there are fewer
 
-    best = jnp.zeros([num_envs, 1], beam.dtype)
+    def trace_back(index, picked):  # index [B, num_elites]: where the best plans stood among the beams after a step
+        step_beam, step_action, step_tokens = picked
+        mean_action = jnp.mean(take_beams(step_action, index), axis=1, where=is_plan)
+        return take_beams(step_beam, index), (mean_action, take_beams(step_tokens, index)[:, 0])
+
+    best = jnp.broadcast_to(jnp.arange(num_elites, dtype=beam.dtype), (num_envs, num_elites))
     _, (actions, tokens) = jax.lax.scan(trace_back, best, (beam, action, tokens), reverse=True)
     actions, tokens = actions.swapaxes(0, 1), tokens.swapaxes(0, 1)  # [B, H, ...]
     return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores[-1])

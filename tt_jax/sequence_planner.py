@@ -28,6 +28,7 @@ class PlanConfig:
     horizon: int = 15  # planned transitions
     beam_width: int = 128  # W
     num_expand: int = 2  # K, candidates per beam
+    num_elites: int = 1  # best plans whose mean actions are executed
     replan_every: int = 1  # environment steps to execute from a plan
     context_transitions: int = 5  # C, past transitions to remember
     window: tuple[int, int] = (5, 4)  # (max, keep): with max whole transitions the oldest go until keep are left
@@ -50,11 +51,13 @@ class PlanConfig:
         window_max, window_keep = self.window
         if not 1 <= window_keep < window_max:
             raise ValueError(f"window={self.window} must be (max, keep) with 1 <= keep < max.")
-        for name in ("horizon", "beam_width", "num_expand", "replan_every"):
+        for name in ("horizon", "beam_width", "num_expand", "num_elites", "replan_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.replan_every > self.horizon:
             raise ValueError(f"replan_every={self.replan_every} must not exceed horizon={self.horizon}.")
+        if self.num_elites > self.beam_width:
+            raise ValueError(f"num_elites={self.num_elites} must not exceed beam_width={self.beam_width}.")
         for name in ("context_transitions", "action_top_k", "observation_top_k", "reward_top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
@@ -156,6 +159,7 @@ def make_plan_fn(
             horizon=plan_config.horizon,
             beam_width=plan_config.beam_width,
             num_expand=plan_config.num_expand,
+            num_elites=plan_config.num_elites,
             discount=plan_config.discount,
         )
 

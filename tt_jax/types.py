@@ -66,9 +66,9 @@ class Proposal:
 class PlanOutput:
     """The best plan of each environment."""
 
-    action: chex.Array  # [B, A] float32, first action of the best plan
+    action: chex.Array  # [B, A] float32, first action of the best plan, or the mean over the best plans
     actions: chex.Array  # [B, H, A] float32
-    tokens: chex.Array  # [B, H, D] int32
+    tokens: chex.Array  # [B, H, D] int32, of the best plan
     scores: chex.Array  # [B, W] float32, of the final beams, descending
 
 

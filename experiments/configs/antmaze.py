@@ -63,12 +63,10 @@ def _scale_down(config):
     config.iql_train.num_steps = 150_000
     config.eval.goal = (10.0, -10.0) if "medium" in config.dataset else ()
 
-    config.plan.horizon = 10
-    config.plan.beam_width = 16
-    config.plan.replan_every = 5
+    config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step
+    config.plan.beam_width = 32
+    config.plan.num_expand = 1
+    config.plan.num_elites = 16  # means, since the noise of the data makes ants fall
     config.plan.action_cdf = 0.0
-    config.plan.action_central = 0.3  # the noise of the data makes a model of this size fall
-    config.plan.observation_top_k = 0  # sampled: the likeliest next place is often the bin where the ant already is
-    config.plan.observation_central = 0.5
     config.plan.context_transitions = 3
     config.plan.window = (4, 3)

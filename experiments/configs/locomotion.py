@@ -79,6 +79,7 @@ def get_config(name="hopper-medium"):
     config.plan.horizon = 15  # planned transitions
     config.plan.beam_width = 128  # plans that are kept
     config.plan.num_expand = 2  # candidates for each of them
+    config.plan.num_elites = 1  # best plans whose mean actions are executed
     config.plan.replan_every = 1  # executed steps per plan
     config.plan.context_transitions = 5  # past transitions that the model sees
     config.plan.window = (5, 4)  # transitions at most, and left when the window slides
