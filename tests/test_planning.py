@@ -123,6 +123,24 @@ def test_the_q_function_of_a_chain_leads_to_a_reward_beyond_the_horizon():
     np.testing.assert_allclose(plans.scores[0, 0], DISCOUNT**3, rtol=1e-6)
 
 
+def test_the_mean_of_the_elites_is_returned_step_by_step_without_plans_that_do_not_exist():
+    def propose(params, rng_key, state, step):  # beam w starts with action w, and goes on with its square
+        action = jnp.where(step == 0, state, state**2)[..., None]
+        return make_proposal(action, jnp.where(step == 0, action, 0).astype(jnp.float32)), state[..., None]
+
+    def score(params, returns, proposal, step):  # beam 0 drops out
+        return jnp.where(proposal.action[..., 0] == 0, -jnp.inf, returns[..., None] + proposal.reward)
+
+    root = jnp.arange(5)[None]
+    for num_elites, expected in [(1, [4, 16]), (2, [3.5, 12.5]), (4, [2.5, 7.5]), (5, [2.5, 7.5])]:
+        plans = search(propose, root, num_expand=1, horizon=2, score_fn=score, num_elites=num_elites)
+        np.testing.assert_allclose(plans.actions[0, :, 0], expected)
+        np.testing.assert_allclose(plans.action[0, 0], expected[0])
+        np.testing.assert_array_equal(plans.tokens[0, :, 0], [4, 16])  # of the best alone
+    with pytest.raises(ValueError, match="num_elites=6 must be between 1 and beam_width=5"):
+        search(propose, root, num_expand=1, horizon=2, num_elites=6)
+
+
 @pytest.mark.parametrize("discount", [1.0, 0.7])
 def test_with_a_beam_for_every_plan_the_brute_force_optimum_is_found(discount):
     # Beam w follows plan w: its digits are the actions.

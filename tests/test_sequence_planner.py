@@ -474,6 +474,7 @@ def test_memory_does_not_hold_the_context_once_per_beam():
         ({"horizon": 0}, "horizon=0 must be at least 1"),
         ({"beam_width": 0}, "beam_width=0 must be at least 1"),
         ({"horizon": 2, "replan_every": 3}, "replan_every=3 must not exceed horizon=2"),
+        ({"beam_width": 4, "num_elites": 5}, "num_elites=5 must not exceed beam_width=4"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"discount": 1.5}, r"discount=1.5 must be in \[0, 1\]"),
         ({"action_cdf": -0.1}, r"action_cdf=-0.1 must be in \[0, 1\]"),

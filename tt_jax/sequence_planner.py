@@ -28,7 +28,7 @@ class PlanConfig:
     horizon: int = 15  # planned transitions
     beam_width: int = 128  # W
     num_expand: int = 2  # K, candidates per beam
-    num_elites: int = 1  # best plans whose mean actions are executed
+    num_elites: int = 1  # best plans whose mean actions are executed, of a search by score
     replan_every: int = 1  # environment steps to execute from a plan
     context_transitions: int = 5  # C, past transitions to remember
     window: tuple[int, int] = (5, 4)  # (max, keep): with max whole transitions the oldest go until keep are left

@@ -35,7 +35,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest global norm
     beta1: float = 0.9
     beta2: float = 0.95
-    optimizer: str = "adamw"  # or "muon", which needs half the updates
+    optimizer: str = "adamw"  # or "muon", which needs fewer updates
     warmup_tokens: int = 0  # 0: those of one epoch
     final_tokens: int = 0  # where the cosine first reaches its floor; 0: those of 20 epochs
     clamp_cosine: bool = False  # stay at the floor after final_tokens; the reference's cosine rises again

@@ -69,7 +69,7 @@ def get_config():
     config.plan.horizon = 15  # planned transitions
     config.plan.beam_width = 32  # plans that are kept
     config.plan.num_expand = 2  # candidates for each of them
-    config.plan.num_elites = 1  # best plans whose mean actions are executed
+    config.plan.num_elites = 1  # best plans whose mean actions are executed, of a search by score
     config.plan.replan_every = 1  # executed steps per plan
     config.plan.context_transitions = 5  # past transitions that the model sees
     config.plan.window = (10, 5)  # transitions at most, and left when the window slides
