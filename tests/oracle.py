@@ -147,11 +147,10 @@ def make_plan_fn(*, config, plan_config, score_fn=None, draw_fn=None):
 
             if step + 1 < plan.horizon:
                 begun = np.zeros((*begun.shape[:2], 0), np.int32)
-                filters = (plan.observation_cdf, plan.observation_top_k, plan.observation_central)
                 for index in range(spec.observation_dim):
                     logits = next_logits(params, window, num_empty, begun)
                     call = call_index + spec.action_dim + 2 + index
-                    token = draw(rng_key, logits, call, *filters)
+                    token = draw(rng_key, logits, call, plan.observation_cdf, plan.observation_top_k)
                     begun = np.concatenate([begun, token[..., None]], axis=-1)
                 ended = ended | ((begun == spec.stop_token).any(-1) & plan.stop_ends_episode)
 
@@ -172,7 +171,7 @@ def search_by_likelihood(params, context, observed, num_tokens, *, config, plan_
     num_slots, dim = plan.context_transitions, spec.transition_dim
     num_empty = num_slots - len(context)
     dropped = max(num_slots - window_keep, 0) if num_slots >= window_max else 0  # places, from the oldest on
-    filters = [(plan.observation_cdf, plan.observation_top_k, plan.observation_central)] * spec.observation_dim
+    filters = [(plan.observation_cdf, plan.observation_top_k, 1.0)] * spec.observation_dim
     filters += [(plan.action_cdf, plan.action_top_k, plan.action_central)] * spec.action_dim
     filters += [(plan.reward_cdf, plan.reward_top_k, 1.0)] * 2
     found, scores = np.asarray(observed)[None], np.zeros(1, np.float32)

@@ -77,7 +77,8 @@ def test_filter_central_keeps_the_middle_of_the_mass():
 def test_filters_in_turn_give_the_reference_s_distributions(arrays):
     logits = jnp.asarray(arrays["filter/logits"])
     for index, threshold in enumerate(arrays["filter/thresholds"]):
-        got = softmax(np.asarray(sampling.filter_top_k(sampling.filter_cdf(logits, float(threshold)), 3)))
+        filters = sampling.Filters(cdf=float(threshold), top_k=3)
+        got = softmax(np.asarray(sampling.filter_logits(logits, filters)))
         all_floored = (arrays[f"filter/cdf{index}_logits"] == -1000).all(axis=-1)
         expected = arrays[f"filter/cdf{index}_then_topk3_probs"]
         np.testing.assert_allclose(got[~all_floored], expected[~all_floored], rtol=1e-5, atol=1e-7)

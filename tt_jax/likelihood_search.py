@@ -6,6 +6,7 @@ beam has found once per beam. As in `sequence_planner`, positions are absolute: 
 computed anew for the window that is left, and the cached result equals the uncached one.
 """
 
+import functools
 from collections.abc import Callable
 
 import chex
@@ -105,7 +106,7 @@ class _Model:
         window_max, window_keep = self.plan.window
         num_envs, slots = context.tokens.shape[:2]
         if slots >= window_max:  # the window slides before anything is planned
-            context, slots = _keep_newest(context, window_keep), window_keep
+            context, slots = sequence_planner.keep_newest(context, window_keep), window_keep
             context = context.replace(tokens=context.tokens[:, :slots])
         goal_cache = self._read_goal(params, num_envs)
         context_cache = self._read_context(params, context, goal_cache)
@@ -114,7 +115,7 @@ class _Model:
             params.transformer,
             observed[:, None, None],
             dims,
-            _positions(context.length, dims, spec),
+            sequence_planner.positions(context.length, dims, spec),
             [(goal_cache, spec.observation_dim), (context_cache, context.length * len(self.key_dims))],
             config=self.config,
             visible=(np.tri(len(dims), dtype=bool) & (dims != self.hidden_dim)[None])[None],
@@ -152,20 +153,10 @@ class _Model:
             is_stop = jnp.arange(spec.num_bins + 1) == spec.stop_token
             logits = jnp.where(is_stop[None, None] & ~is_allowed, -jnp.inf, logits)
         kinds = np.repeat([0, 1, 2], [spec.observation_dim, spec.action_dim, 2])
-        filters = [
-            (plan.observation_cdf, plan.observation_top_k, plan.observation_central),
-            (plan.action_cdf, plan.action_top_k, plan.action_central),
-            (plan.reward_cdf, plan.reward_top_k, 1.0),
+        branches = [
+            functools.partial(sampling.filter_logits, filters=filters)
+            for filters in (plan.observation_filters, plan.action_filters, plan.reward_filters)
         ]
-
-        def filtered(logits, cdf, top_k, central):
-            if cdf:
-                logits = sampling.filter_cdf(logits, cdf)
-            if top_k:
-                logits = sampling.filter_top_k(logits, top_k)
-            return sampling.filter_central(logits, central) if central < 1 else logits
-
-        branches = [lambda logits, each=each: filtered(logits, *each) for each in filters]
         return jax.lax.switch(jnp.asarray(kinds)[dim], branches, logits)
 
     def extend(self, params, state, beam, token, step):
@@ -186,7 +177,7 @@ class _Model:
             params.transformer,
             token[..., None, None],
             dim[None],
-            _positions(state.context.length + state.num_planned, dim[None], spec),
+            sequence_planner.positions(state.context.length + state.num_planned, dim[None], spec),
             [*self._past(state), (state.cache, place)],
             config=self.config,
             visible=jnp.reshape(dim != self.hidden_dim, (1, 1, 1)),
@@ -214,7 +205,7 @@ class _Model:
         num_planned = window_keep - context_slots - 1
         tokens = jnp.roll(state.tokens, num_planned - state.num_planned, axis=2)
         state = state.replace(
-            context=_keep_newest(state.context, context_slots),
+            context=sequence_planner.keep_newest(state.context, context_slots),
             context_slots=context_slots,
             tokens=tokens,
             num_planned=num_planned,
@@ -268,7 +259,7 @@ class _Model:
             params.transformer,
             read,
             np.tile(self.key_dims, num_slots),
-            _positions(before, offsets.reshape(-1), self.spec),
+            sequence_planner.positions(before, offsets.reshape(-1), self.spec),
             past,
             config=self.config,
             visible=np.tri(read.shape[-1], dtype=bool)[None],
@@ -280,15 +271,3 @@ def _encode(params, observation):
     """Turn observations [..., N] into tokens."""
     dims = slice(observation.shape[-1])
     return tokenization.encode(params.discretizer, jnp.asarray(observation, jnp.float32), dims=dims)
-
-
-def _keep_newest(context, limit):
-    """Shorten each context to at most `limit` transitions and move what stays to the front."""
-    length = jnp.minimum(context.length, limit)
-    rows = jax.vmap(lambda tokens, by: jnp.roll(tokens, -by, axis=0))(context.tokens, context.length - length)
-    return types.Context(tokens=rows, length=length)
-
-
-def _positions(transitions, offsets, spec):
-    """Positions [B, 1, 1, T] at `offsets` [T] after `transitions` [B] whole ones."""
-    return (transitions * spec.transition_dim)[:, None, None, None] + jnp.asarray(offsets)[None, None, None]

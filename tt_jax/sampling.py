@@ -1,10 +1,29 @@
 """Filters of next-token logits and the categorical draw. Filters act on the last axis, [..., V + 1]."""
 
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 
 _FLOOR = -1000.0  # of a filtered logit: no probability left in float32, and still finite
+
+
+class Filters(NamedTuple):
+    """Which tokens of one kind may be drawn, as `filter_logits` applies it; by default all."""
+
+    cdf: float = 0.0
+    top_k: int = 0
+    central: float = 1.0
+
+
+def filter_logits(logits: chex.Array, filters: Filters) -> chex.Array:
+    """Apply the filters that are switched on, one after the other; the order of the first two is the reference's."""
+    if filters.cdf:
+        logits = filter_cdf(logits, filters.cdf)
+    if filters.top_k:
+        logits = filter_top_k(logits, filters.top_k)
+    return filter_central(logits, filters.central) if filters.central < 1 else logits
 
 
 def filter_cdf(logits: chex.Array, threshold: float) -> chex.Array:

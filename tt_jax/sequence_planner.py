@@ -39,7 +39,6 @@ class PlanConfig:
     action_central: float = 1.0  # of `sampling.filter_central`, 1: no filter
     observation_cdf: float = 0.0
     observation_top_k: int = 1
-    observation_central: float = 1.0
     reward_cdf: float = 0.0  # of reward and value tokens
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
@@ -61,14 +60,28 @@ class PlanConfig:
         for name in ("context_transitions", "action_top_k", "observation_top_k", "reward_top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-        shares = ("discount", "action_cdf", "action_central", "observation_cdf", "observation_central", "reward_cdf")
-        for name in shares:
+        for name in ("discount", "action_cdf", "action_central", "observation_cdf", "reward_cdf"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive.")
         if self.percentile != -1 and not 0 <= self.percentile < 1:
             raise ValueError(f"percentile={self.percentile} must be in [0, 1), or -1 for the mean.")
+
+    @property
+    def observation_filters(self) -> sampling.Filters:
+        """What is left of the predictions of observation tokens."""
+        return sampling.Filters(self.observation_cdf, self.observation_top_k)
+
+    @property
+    def action_filters(self) -> sampling.Filters:
+        """What is left of the predictions of action tokens."""
+        return sampling.Filters(self.action_cdf, self.action_top_k, self.action_central)
+
+    @property
+    def reward_filters(self) -> sampling.Filters:
+        """What is left of the predictions of reward and value tokens."""
+        return sampling.Filters(self.reward_cdf, self.reward_top_k)
 
 
 @chex.dataclass(frozen=True)
@@ -199,7 +212,7 @@ class _Model:
         window_max, window_keep = self.plan.window
         slots = context.tokens.shape[1]
         if slots >= window_max:  # the window slides before anything is planned
-            context, slots = _keep_newest(context, window_keep), window_keep
+            context, slots = keep_newest(context, window_keep), window_keep
             context = context.replace(tokens=context.tokens[:, :slots])
         context_cache = self._read_context(params, context)
         dims = slice(spec.observation_dim)
@@ -209,7 +222,7 @@ class _Model:
             params.transformer,
             tokens[:, None, None],
             dims,
-            _positions(context.length, dims, spec),
+            positions(context.length, dims, spec),
             [(context_cache, context.length * self.num_keys)],
             config=self.config,
             visible=np.tri(spec.observation_dim, dtype=bool)[None],
@@ -240,9 +253,8 @@ class _Model:
 
         def sample(carry, index):  # the action tokens, then the reward token
             logits, cache = carry
-            filters = (plan.action_cdf, plan.action_top_k, plan.action_central)
-            action = self._draw(rng_key, logits, step, index, *filters)
-            reward = self._draw(rng_key, logits, step, index, plan.reward_cdf, plan.reward_top_k)
+            action = self._draw(rng_key, logits, step, index, plan.action_filters)
+            reward = self._draw(rng_key, logits, step, index, plan.reward_filters)
             token = jnp.where(index < spec.action_dim, action, reward)
             offset = spec.observation_dim + index
             return self._read_token(params, state, token, offset, past, cache, index), (token, logits)
@@ -252,7 +264,7 @@ class _Model:
         (value_logits, cache), (sampled, sampled_logits) = jax.lax.scan(
             sample, (logits, empty), jnp.arange(spec.action_dim + 1)
         )
-        value_token = self._draw(rng_key, value_logits, step, spec.action_dim + 1, plan.reward_cdf, plan.reward_top_k)
+        value_token = self._draw(rng_key, value_logits, step, spec.action_dim + 1, plan.reward_filters)
         sampled = jnp.moveaxis(sampled, 0, -1)  # [B, W, K, A + 1]
         before = jnp.broadcast_to(observation[:, :, None], (*size, spec.observation_dim))
         tokens = jnp.concatenate([before, sampled, value_token[..., None]], axis=-1)
@@ -301,7 +313,7 @@ class _Model:
         window_max, window_keep = self.plan.window
         context_slots = jnp.maximum(state.context_slots - (window_max - window_keep), 0)
         num_planned = window_keep - context_slots
-        context = _keep_newest(state.context, context_slots)
+        context = keep_newest(state.context, context_slots)
         context_cache = self._read_context(params, context)
         planned = jnp.roll(state.tokens, num_planned - state.num_planned, axis=2)
         segment = (context_cache, context.length * self.num_keys)
@@ -328,7 +340,7 @@ class _Model:
                 params.transformer,
                 tokens.reshape(*tokens.shape[:2], 1, num_tokens),
                 np.tile(np.arange(self.num_keys), num_slots),
-                _positions(context.length + slot, _key_offsets(num_slots, self.spec), self.spec),
+                positions(context.length + slot, _key_offsets(num_slots, self.spec), self.spec),
                 [segment, *past],
                 config=self.config,
                 visible=np.tri(num_tokens, dtype=bool)[None],
@@ -370,8 +382,7 @@ class _Model:
         def sample(carry, index):  # at index 0 the value token, at index i the observation's dimension i - 1
             logits, current = carry
             call = spec.action_dim + 1 + index
-            filters = (plan.observation_cdf, plan.observation_top_k, plan.observation_central)
-            drawn = self._draw(rng_key, logits, step, call, *filters)
+            drawn = self._draw(rng_key, logits, step, call, plan.observation_filters)
             token = jnp.where(index == 0, value_token, drawn)[..., None]
             place = jnp.maximum(index - 1, 0)  # what is written at index 0 is not visible and overwritten
             logits, current = self._read_token(params, state, token, index - 1, past, current, place)
@@ -398,7 +409,7 @@ class _Model:
         """
         spec = self.spec
         dim = offset % spec.transition_dim
-        position = _positions(state.context.length + state.num_planned, offset[None], spec)
+        position = positions(state.context.length + state.num_planned, offset[None], spec)
         context = (state.context_cache, state.context.length * self.num_keys)
         num_visible = place + (dim != spec.transition_dim - 1)
         x, own = transformer.decode(
@@ -431,21 +442,16 @@ class _Model:
         )
         return jax.tree.map(lambda leaf: leaf[:, 0, 0], cache)
 
-    def _draw(self, rng_key, logits, step, index, cdf, top_k, central=1.0):
-        """Draw tokens from `logits` [..., V + 1] after the filters; the order of the first two is the reference's."""
+    def _draw(self, rng_key, logits, step, index, filters):
+        """Draw tokens from what the filters leave of `logits` [..., V + 1]."""
         logits = logits / self.plan.temperature
         if not self.plan.stop_within_transition:
             begins = index == self.spec.action_dim + 2  # the first dimension of the next observation
             is_stop = jnp.arange(logits.shape[-1]) == self.spec.stop_token
             logits = jnp.where(is_stop & ~begins, -jnp.inf, logits)
-        if top_k == 1 and self.draw_fn is _draw:
+        if filters.top_k == 1 and self.draw_fn is _draw:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        if cdf:
-            logits = sampling.filter_cdf(logits, cdf)
-        if top_k:
-            logits = sampling.filter_top_k(logits, top_k)
-        if central < 1:
-            logits = sampling.filter_central(logits, central)
+        logits = sampling.filter_logits(logits, filters)
         return self.draw_fn(rng_key, logits, step * self.spec.transition_dim + index).astype(jnp.int32)
 
     def _estimate(self, params, logits, *, dim):
@@ -462,7 +468,7 @@ def _draw(rng_key, logits, call_index):
     return sampling.categorical(logits, jax.vmap(uniform)(rng_key))
 
 
-def _keep_newest(context, limit):
+def keep_newest(context: types.Context, limit: chex.Numeric) -> types.Context:
     """Shorten each context to at most `limit` transitions and move what stays to the front."""
     length = jnp.minimum(context.length, limit)
     shift = context.length - length
@@ -475,6 +481,6 @@ def _key_offsets(num_slots, spec):
     return np.arange(num_slots * spec.transition_dim).reshape(num_slots, -1)[:, :-1].reshape(-1)
 
 
-def _positions(transitions, offsets, spec):
-    """Positions [B, 1, 1, T] at `offsets` [T] after `transitions` [B] whole ones."""
+def positions(transitions: chex.Array, offsets: chex.Array, spec: types.TransitionSpec) -> chex.Array:
+    """Return the positions [B, 1, 1, T] at `offsets` [T] after `transitions` [B] whole ones."""
     return (transitions * spec.transition_dim)[:, None, None, None] + jnp.asarray(offsets)[None, None, None]

@@ -79,7 +79,6 @@ def get_config():
     config.plan.action_central = 1.0  # sample from this share of the probability around the median; 0: the median
     config.plan.observation_cdf = 0.0
     config.plan.observation_top_k = 1  # greedy
-    config.plan.observation_central = 1.0
     config.plan.reward_cdf = 0.0
     config.plan.reward_top_k = 1  # greedy, but scored by the mean
     config.plan.percentile = -1.0  # of reward and value in a plan's score; -1 takes their mean
