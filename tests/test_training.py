@@ -221,7 +221,12 @@ def windows_fn(store, ids):
 @pytest.fixture(scope="module")
 def train_on_four(config):
     """Return train(state, num_steps) of the compiled steps on four devices, with dropout."""
-    assert jax.device_count() == NUM_DEVICES and golden.CONFIG.attention_dropout > 0
+    assert golden.CONFIG.attention_dropout > 0
+    return make_train_on_four(config)
+
+
+def make_train_on_four(config):
+    assert jax.device_count() == NUM_DEVICES
     train_fn = training.make_train_fn(
         config=config, model_config=golden.CONFIG, windows_fn=windows_fn, num_windows=len(TOKENS)
     )
@@ -262,6 +267,36 @@ def test_splitting_the_steps_into_calls_changes_nothing(start, train_on_four):
     chex.assert_trees_all_equal(training.unreplicate(state), training.unreplicate(whole))
 
 
+def test_input_noise_moves_observation_and_action_tokens_alone():
+    spec = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=100)
+    dims = np.arange(34) % spec.transition_dim
+    tokens = np.full([2000, 34], 50)
+    tokens[:, 7:10] = spec.stop_token
+    row_keys = jax.random.split(jax.random.key(0), len(tokens))
+    moved = np.asarray(training._add_noise(tokens, row_keys, spec=spec, deviation=4.0))
+    is_free = (dims < 5) & (tokens[0] != spec.stop_token)
+    np.testing.assert_array_equal(moved[:, ~is_free], tokens[:, ~is_free])
+    np.testing.assert_allclose(moved[:, is_free].mean(axis=0), 50, atol=6 * 4 / 2000**0.5)
+    np.testing.assert_allclose(moved[:, is_free].std(axis=0), 4, rtol=0.1)  # with 1 / 12 of the rounding
+    part = training._add_noise(tokens[3:5], row_keys[3:5], spec=spec, deviation=4.0)
+    np.testing.assert_array_equal(part, moved[3:5])
+    for edge in (0, 99):
+        at_edge = training._add_noise(jnp.full([50, 34], edge), row_keys[:50], spec=spec, deviation=4.0)
+        assert at_edge.min() >= 0 and at_edge.max() < spec.num_bins and (at_edge != edge).any()
+
+
+def test_input_noise_ends_after_its_steps(config, start, train_on_four):
+    train_noisy = make_train_on_four(dataclasses.replace(config, input_noise=2.0, input_noise_steps=2))
+    plain = train_on_four(training.replicate(start), 2)[1]["loss"][0, :2]
+    state, metrics = train_noisy(training.replicate(start), 2)
+    assert (np.abs(metrics["loss"][0, :2] - plain) > 1e-4).all()
+    state = jax.tree.map(np.asarray, state)  # what follows is given away
+    noisy, metrics = train_noisy(jax.tree.map(jnp.asarray, state), 1)
+    expected, expected_metrics = train_on_four(jax.tree.map(jnp.asarray, state), 1)
+    np.testing.assert_allclose(metrics["loss"][0, 0], expected_metrics["loss"][0, 0], rtol=1e-6)
+    chex.assert_trees_all_close(noisy.params, expected.params, rtol=0, atol=1e-6)
+
+
 def test_evaluation_is_the_mean_over_evenly_spaced_windows_without_dropout(config, start):
     evaluate = training.make_eval_fn(
         config=config, model_config=golden.CONFIG, windows_fn=windows_fn, num_windows=len(TOKENS)
@@ -286,6 +321,8 @@ def test_batches_and_runs_of_impossible_size_are_refused(config):
         dataclasses.replace(config, batch_size=0)
     with pytest.raises(ValueError, match="train.learning_rate=0.0 and train.grad_clip=1.0 must be positive"):
         dataclasses.replace(config, learning_rate=0.0)
+    with pytest.raises(ValueError, match="train.input_noise=5.0 and train.input_noise_steps=0 must both be positive"):
+        dataclasses.replace(config, input_noise=5.0)
 
 
 def test_the_metrics_of_a_step_are_those_that_are_announced(arrays, start, update):

@@ -21,6 +21,7 @@ from flax import jax_utils
 from tt_jax import iql, trajectories, transformer, types
 
 AXIS = "devices"
+_NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
 METRICS = ("loss", "loss_observation", "loss_action", "loss_reward", "loss_value", "grad_norm", "learning_rate")
 
 
@@ -39,6 +40,8 @@ class TrainConfig:
     warmup_tokens: int = 0  # 0: those of one epoch
     final_tokens: int = 0  # where the cosine first reaches its floor; 0: those of 20 epochs
     clamp_cosine: bool = False  # stay at the floor after final_tokens; the reference's cosine rises again
+    input_noise: float = 0.0  # standard deviation in bins of noise on the observations and actions that the model reads
+    input_noise_steps: int = 0  # steps with that noise; then the model learns to trust what it reads
     steps_per_call: int = 50  # train steps in one compiled call
     log_every: int = 100
     eval_every: int = 1000
@@ -55,6 +58,11 @@ class TrainConfig:
         if self.learning_rate <= 0 or self.grad_clip <= 0:
             raise ValueError(
                 f"train.learning_rate={self.learning_rate} and train.grad_clip={self.grad_clip} must be positive."
+            )
+        if self.input_noise < 0 or (self.input_noise > 0) != (self.input_noise_steps > 0):
+            raise ValueError(
+                f"train.input_noise={self.input_noise} and train.input_noise_steps={self.input_noise_steps} must both "
+                "be positive, or both 0 for no noise."
             )
 
 
@@ -244,6 +252,10 @@ def make_train_fn(
             ids = window_ids(seed, state.step, batch_size=config.batch_size, num_windows=num_windows)
             batch = windows_fn(store, jax.lax.dynamic_slice_in_dim(ids, first, local_size))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(dropout_root, state.step), rows)
+            if config.input_noise:
+                is_noisy = state.step < config.input_noise_steps
+                noisy = _add_noise(batch.inputs, keys, spec=model_config.spec, deviation=config.input_noise)
+                batch = batch.replace(inputs=jnp.where(is_noisy, noisy, batch.inputs))
             return update(state, batch, keys, config=config, model_config=model_config, axis_name=AXIS)
 
         def step_and_note(index, carry):
@@ -255,6 +267,15 @@ def make_train_fn(
         return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
 
     return data_parallel(train, donate_argnums=0)
+
+
+def _add_noise(tokens, row_keys, *, spec, deviation):
+    """Move the observation and action tokens [B, T] by normal noise to other bins; stop tokens stay."""
+    keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, _NOISE_SITE)
+    noise = deviation * jax.vmap(lambda key: jax.random.normal(key, tokens.shape[1:]))(keys)
+    moved = jnp.clip(tokens + jnp.round(noise).astype(jnp.int32), 0, spec.num_bins - 1)
+    is_moved = np.arange(tokens.shape[1])[None] % spec.transition_dim < spec.observation_dim + spec.action_dim
+    return jnp.where(is_moved & (tokens != spec.stop_token), moved, tokens)
 
 
 def make_eval_fn(

@@ -53,14 +53,16 @@ def _scale_down(config):
 
     config.train.batch_size = 16
     config.train.optimizer = "muon"
-    config.train.num_steps = 28_000
+    config.train.num_steps = 36_000
     config.train.learning_rate = 1.5e-3
     config.train.warmup_tokens = 1_000_000
-    config.train.final_tokens = 69_000_000  # all updates
+    config.train.final_tokens = 89_300_000  # all updates
+    config.train.input_noise = 5.0  # against learning the few transitions by heart
+    config.train.input_noise_steps = 31_000  # and then without, since who distrusts what he sees reacts too little
     config.train.eval_every = config.train.checkpoint_every = 2_000
 
     config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
-    config.iql_train.num_steps = 150_000
+    config.iql_train.num_steps = 250_000
     config.eval.goal = (10.0, -10.0) if "medium" in config.dataset else ()
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step

@@ -59,6 +59,8 @@ def get_config():
     config.train.warmup_tokens = 0  # those of one epoch
     config.train.final_tokens = 0  # those of 20 epochs
     config.train.clamp_cosine = True  # stay at the floor after final_tokens
+    config.train.input_noise = 0.0  # on the observation and action tokens that the model reads, in bins
+    config.train.input_noise_steps = 0  # updates with that noise
     config.train.steps_per_call = 50  # updates in one compiled call
     config.train.log_every = 100  # updates
     config.train.eval_every = 500
