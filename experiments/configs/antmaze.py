@@ -46,7 +46,7 @@ def _scale_down(config):
     config.model.num_heads = 3
     config.model.embed_dim = 96
     config.model.max_transitions = 4  # the direction in which an ant walks shows only over several
-    config.model.embedding_dropout = 0.0  # few passes over the data
+    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see guidance.md
     config.model.attention_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.smooth_embedding = True  # this and Muon: the same loss of action tokens after 40% of the updates
@@ -58,7 +58,7 @@ def _scale_down(config):
     config.train.warmup_tokens = 1_000_000
     config.train.final_tokens = 89_300_000  # all updates
     config.train.input_noise = 5.0  # against learning the few transitions by heart
-    config.train.input_noise_steps = 31_000  # and then without, since who distrusts what he sees reacts too little
+    config.train.input_noise_steps = 31_000  # then without: a model that distrusts what it reads reacts too little
     config.train.eval_every = config.train.checkpoint_every = 2_000
 
     config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
