@@ -45,7 +45,7 @@ def _scale_down(config):
     config.model.num_layers = 3
     config.model.num_heads = 3
     config.model.embed_dim = 96
-    config.model.max_transitions = 4  # the direction in which an ant walks shows only over several
+    config.model.max_transitions = 4
     config.model.embedding_dropout = 0.0  # noise on the inputs does more, see guidance.md
     config.model.attention_dropout = 0.0
     config.model.residual_dropout = 0.0
@@ -70,5 +70,5 @@ def _scale_down(config):
     config.plan.num_expand = 1
     config.plan.num_elites = 16  # means, since the noise of the data makes ants fall
     config.plan.action_cdf = 0.0
-    config.plan.context_transitions = 3
+    config.plan.context_transitions = 0  # the ant's own past adds nothing, see guidance.md
     config.plan.window = (4, 3)
