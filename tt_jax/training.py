@@ -155,7 +155,7 @@ def update(
     model_config: transformer.TransformerConfig,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
-    """Do one AdamW step on `batch`, the device's equal share of the global batch if `axis_name` is given.
+    """Do one step of the optimizer on `batch`, the device's equal share of the global batch if `axis_name` is given.
 
     The metrics, `METRICS`, are means over the global batch before the step, the gradient's norm before clipping, and
     the rate.
