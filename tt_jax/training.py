@@ -253,9 +253,9 @@ def make_train_fn(
             batch = windows_fn(store, jax.lax.dynamic_slice_in_dim(ids, first, local_size))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(dropout_root, state.step), rows)
             if config.input_noise:
-                is_noisy = state.step < config.input_noise_steps
-                noisy = _add_noise(batch.inputs, keys, spec=model_config.spec, deviation=config.input_noise)
-                batch = batch.replace(inputs=jnp.where(is_noisy, noisy, batch.inputs))
+                deviation = jnp.where(state.step < config.input_noise_steps, config.input_noise, 0.0)
+                inputs = _add_noise(batch.inputs, keys, spec=model_config.spec, deviation=deviation)
+                batch = batch.replace(inputs=inputs)
             return update(state, batch, keys, config=config, model_config=model_config, axis_name=AXIS)
 
         def step_and_note(index, carry):
