@@ -164,6 +164,7 @@ CASES = {
     "window_10_5": Case((10, 5), 5, (5, 3, 0), 7, {"action_cdf": 0.9, "reward_cdf": 0.5, "reward_top_k": 0}),
     "near_the_median": Case((3, 2), 2, (2, 0), 3, NO_FILTERS | {"action_central": 0.6}),
     "no_context": Case((2, 1), 0, (0,), 3),
+    "the_present_alone": Case((1, 0), 2, (2, 0), 1),
     "goal": Case((4, 2), 2, (2, 0, 1), 5, goal_conditioned=True),
     "goal_with_the_reference_s_columns": Case((3, 2), 2, (2, 1), 4, NO_FILTERS, True, True),
 }

@@ -211,6 +211,7 @@ CASES = {
     "near_the_median": Case((3, 2), 2, (2, 0), 3, {"action_central": 0.4, "observation_top_k": 0}),
     "no_context_one_environment": Case((5, 4), 0, (0,), 7, {"observation_top_k": 0}),
     "stops_go_on_one_environment": Case((2, 1), 1, (1,), 4, {"stop_ends_episode": False, "observation_cdf": 0.5}),
+    "the_present_alone": Case((1, 0), 2, (2, 0, 1), 1, {"action_cdf": 0.0, "reward_top_k": 0}),
     # More beams than are read together, many of them with the same past: cdf filters leave few actions.
     "many_beams": Case((4, 3), 2, (2, 0), 5, {"beam_width": 40, "num_expand": 2}),
 }

@@ -244,8 +244,6 @@ class _Model:
 
     def _read_context(self, params, context, goal_cache):
         """Compute the keys and values [B, ...] of the past's tokens."""
-        if not context.tokens.shape[1]:
-            return transformer.empty_cache((len(context.length),), 0, config=self.config)
         past = [(goal_cache, self.spec.observation_dim)]
         cache = self._read(params, context.tokens[:, None], jnp.zeros_like(context.length), past)
         return jax.tree.map(lambda leaf: leaf[:, 0], cache)
@@ -253,6 +251,8 @@ class _Model:
     def _read(self, params, tokens, before, past):
         """Compute the keys and values [B, W, ...] of whole transitions [B, W, S, D] after `before` [B] ones."""
         num_slots = tokens.shape[2]
+        if not num_slots:
+            return transformer.empty_cache(tokens.shape[:2], 0, config=self.config)
         offsets = self.spec.transition_dim * np.arange(num_slots)[:, None] + self.key_dims[None]
         read = tokens[..., self.key_dims].reshape(*tokens.shape[:2], 1, -1)
         _, cache = transformer.decode(

@@ -102,11 +102,13 @@ def beam_plan(
         def pick(x):
             return take_candidates(x, beam, expansion)
 
-        state = jax.lax.cond(
-            step + 1 < horizon,
-            lambda: advance_fn(params, advance_key, beams.state, pending, beam, expansion, step),
-            lambda: beams.state,
-        )
+        state = beams.state
+        if horizon > 1:  # else there is nothing to compile
+            state = jax.lax.cond(
+                step + 1 < horizon,
+                lambda: advance_fn(params, advance_key, state, pending, beam, expansion, step),
+                lambda: state,
+            )
         beams = _Beams(
             state=state,
             returns=jnp.where(jnp.isfinite(best_scores), pick(returns), -jnp.inf),

@@ -48,8 +48,9 @@ class PlanConfig:
 
     def __post_init__(self):
         window_max, window_keep = self.window
-        if not 1 <= window_keep < window_max:
-            raise ValueError(f"window={self.window} must be (max, keep) with 1 <= keep < max.")
+        least = 0 if self.horizon == 1 else 1  # what is imagined needs a past
+        if not least <= window_keep < window_max:
+            raise ValueError(f"window={self.window} must be (max, keep) with {least} <= keep < max.")
         for name in ("horizon", "beam_width", "num_expand", "num_elites", "replan_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
