@@ -21,6 +21,7 @@ from flax import jax_utils
 from tt_jax import iql, trajectories, transformer, types
 
 AXIS = "devices"
+_EVAL_WINDOWS = 2048  # whatever the batch, so that runs can be compared
 _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
 METRICS = ("loss", "loss_observation", "loss_action", "loss_reward", "loss_value", "grad_norm", "learning_rate")
 
@@ -285,9 +286,12 @@ def make_eval_fn(
     windows_fn: Callable[[trajectories.TokenStore, chex.Array], types.Batch],
     num_windows: int,
 ) -> Callable[[types.Params, trajectories.TokenStore], dict[str, chex.Array]]:
-    """Return the data-parallel eval_fn(params, store) -> metrics over at most 8 batches of evenly spaced windows."""
+    """Return the data-parallel eval_fn(params, store) -> metrics over evenly spaced windows, 2,048 or all if fewer.
+
+    They are rounded up to whole batches.
+    """
     local_size = _share_per_device(config.batch_size)
-    num_batches = min(8, math.ceil(num_windows / config.batch_size))
+    num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)
     ids = spaced.reshape(num_batches, -1, local_size)
 
