@@ -50,7 +50,9 @@ class PlanConfig:
         window_max, window_keep = self.window
         least = 0 if self.horizon == 1 else 1  # what is imagined needs a past
         if not least <= window_keep < window_max:
-            raise ValueError(f"window={self.window} must be (max, keep) with {least} <= keep < max.")
+            raise ValueError(
+                f"window={self.window} must be (max, keep) with {least} <= keep < max for horizon={self.horizon}."
+            )
         for name in ("horizon", "beam_width", "num_expand", "num_elites", "replan_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
