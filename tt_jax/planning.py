@@ -103,7 +103,7 @@ def beam_plan(
             return take_candidates(x, beam, expansion)
 
         state = beams.state
-        if horizon > 1:  # else there is nothing to compile
+        if horizon > 1:  # else no step follows: do not even compile one
             state = jax.lax.cond(
                 step + 1 < horizon,
                 lambda: advance_fn(params, advance_key, state, pending, beam, expansion, step),
