@@ -22,9 +22,10 @@ def get_config():
         config.train.num_steps = 3_000
         config.train.final_tokens = 6_600_000  # all updates
 
-        config.plan.horizon = 10
+        config.plan.horizon = 3  # Q sees the rest of the way
         config.plan.beam_width = 16
-        config.plan.replan_every = 3
+        config.plan.replan_every = 1  # plans that go on for longer push against walls, see guidance.md
+        config.plan.action_cdf = 0.0  # Q chooses better when unlikely actions are among the candidates
         config.plan.observation_top_k = 0  # sampled
         config.plan.observation_cdf = 0.3
 
