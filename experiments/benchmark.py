@@ -143,7 +143,7 @@ def iql_row(num_seeds):
     config = iql.IQLConfig(observation_dim=17, action_dim=6)
     num_steps = 100 if _on_cpu() else 2000
     rng = np.random.default_rng(0)
-    data = iql.Transitions(
+    data = types.Transitions(
         observations=jnp.asarray(rng.normal(size=(100_000, 17)), jnp.float32),
         actions=jnp.asarray(rng.uniform(-1, 1, size=(100_000, 6)), jnp.float32),
         rewards=jnp.asarray(rng.normal(size=100_000), jnp.float32),

@@ -41,7 +41,7 @@ def train(config, workdir, *, preemption, download=False):
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
     data_config = datasets.data_config(config.data)
     loaded = trajectories.load(config.dataset, config=data_config, download=download)
-    transitions = trajectories.iql_transitions(loaded)
+    transitions = trajectories.transitions(loaded)
     settings = dict(config.iql)
     has_cosine = settings.pop("actor_cosine")
     iql_config = entry.to_dataclass(

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from transform_checks import check_transforms
 
-from tt_jax import iql
+from tt_jax import iql, types
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "data" / "iql.npz")
 CONFIG = iql.IQLConfig(observation_dim=5, action_dim=2, hidden_dims=(32, 32), reward_units="raw")
@@ -61,7 +61,7 @@ def golden_batch(i):
 
 
 def transitions(observations, actions, rewards, not_terminal, next_observations):
-    return iql.Transitions(
+    return types.Transitions(
         observations=observations,
         actions=actions,
         rewards=rewards,
@@ -73,7 +73,7 @@ def transitions(observations, actions, rewards, not_terminal, next_observations)
 def golden_dataset(name):
     data = {field: GOLDEN[f"data/{name}/in_{field}"] for field in ("observations", "actions", "next_observations")}
     rewards, not_terminal = GOLDEN[f"data/{name}/in_rewards"], GOLDEN[f"data/{name}/masks"]
-    return iql.Transitions(rewards=rewards, not_terminal=not_terminal, **data)
+    return types.Transitions(rewards=rewards, not_terminal=not_terminal, **data)
 
 
 def data_config(dataset, **settings):
@@ -238,12 +238,6 @@ def test_rewards_are_transformed_as_in_the_reference(name):
         np.testing.assert_allclose(rewards, GOLDEN[f"data/{name}/rewards_{stored}"], rtol=2e-6, atol=1e-6)
     raw = iql.fit_units(dataset, config=data_config(dataset, reward_units="raw"))
     np.testing.assert_array_equal(iql.transform_rewards({"units": raw}, dataset.rewards), dataset.rewards)
-
-
-@pytest.mark.parametrize("name", ["small", "unfinished"])
-def test_actions_are_clipped_as_in_the_reference(name):
-    clipped = iql.clip_actions(GOLDEN[f"data/{name}/in_actions"])
-    np.testing.assert_array_equal(clipped, GOLDEN[f"data/{name}/actions_clipped"])
 
 
 def test_equal_returns_have_no_scale():

@@ -326,7 +326,7 @@ def test_select_keeps_whole_episodes():
 def test_single_steps_for_iql_end_where_the_episode_says_and_only_terminals_are_final():
     data = made_trajectories([3, 1, 2], terminated=[True, False, False])
     data = dataclasses.replace(data, actions=np.clip(data.actions, -1, 1))
-    steps = trajectories.iql_transitions(data)
+    steps = trajectories.transitions(data)
     row = 0
     for episode, length in enumerate([3, 1, 2]):
         observations = [*data.observations[row : row + length], data.final_observations[episode]]
@@ -338,4 +338,11 @@ def test_single_steps_for_iql_end_where_the_episode_says_and_only_terminals_are_
     np.testing.assert_array_equal(steps.rewards, np.float32(data.rewards))
     assert np.abs(steps.actions).max() == np.float32(1 - 1e-5)
     with pytest.raises(ValueError, match="within"):
-        trajectories.iql_transitions(dataclasses.replace(data, actions=2 * np.ones_like(data.actions)))
+        trajectories.transitions(dataclasses.replace(data, actions=2 * np.ones_like(data.actions)))
+
+
+@pytest.mark.parametrize("name", ["small", "unfinished"])
+def test_actions_are_clipped_as_in_the_reference_of_iql(name):
+    arrays = np.load(pathlib.Path(__file__).parent / "data" / "iql.npz")
+    clipped = trajectories.clip_actions(arrays[f"data/{name}/in_actions"])
+    np.testing.assert_array_equal(clipped, arrays[f"data/{name}/actions_clipped"])

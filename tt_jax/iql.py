@@ -60,17 +60,6 @@ class IQLConfig:
 
 
 @chex.dataclass(frozen=True)
-class Transitions:
-    """Single steps of any episodes, in the environment's units; actions are within +-1."""
-
-    observations: chex.Array  # [B, N] float32
-    actions: chex.Array  # [B, A] float32
-    rewards: chex.Array  # [B] float32
-    not_terminal: chex.Array  # [B] float32, 0 after a real terminal; 1 also where the episode was cut short
-    next_observations: chex.Array  # [B, N] float32
-
-
-@chex.dataclass(frozen=True)
 class IQLState:
     """Everything that an update changes, and the key of the dropout."""
 
@@ -114,7 +103,7 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
 
 
 def update(
-    state: IQLState, batch: Transitions, *, config: IQLConfig, axis_name: str | None = None
+    state: IQLState, batch: types.Transitions, *, config: IQLConfig, axis_name: str | None = None
 ) -> tuple[IQLState, dict[str, chex.Array]]:
     """Do one step of V, then of the policy and of Q with the new V, then move the target critic (algorithm 1).
 
@@ -216,7 +205,7 @@ def expectile_loss(difference: chex.Array, *, expectile: float) -> chex.Array:
     return jnp.where(difference > 0, expectile, 1 - expectile) * difference**2
 
 
-def fit_units(transitions: Transitions, *, config: IQLConfig) -> types.Params:
+def fit_units(transitions: types.Transitions, *, config: IQLConfig) -> types.Params:
     """Measure on the whole dataset, in numpy, the units in which the networks work, as the configuration says.
 
     Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
@@ -249,7 +238,7 @@ def transform_rewards(params: types.Params, rewards: chex.Array) -> chex.Array:
     return rewards * units["reward_scale"] + units["reward_shift"]
 
 
-def episode_ends(transitions: Transitions) -> np.ndarray:
+def episode_ends(transitions: types.Transitions) -> np.ndarray:
     """Mark the rows [n] that end an episode: terminals, the last row, and those whose next observation is not the next
     row's observation (by more than 1e-6 in norm)."""
     jumps = np.asarray(transitions.observations)[1:] - np.asarray(transitions.next_observations)[:-1]
@@ -257,16 +246,10 @@ def episode_ends(transitions: Transitions) -> np.ndarray:
     return is_end | (np.asarray(transitions.not_terminal) == 0)
 
 
-def episode_returns(transitions: Transitions) -> np.ndarray:
+def episode_returns(transitions: types.Transitions) -> np.ndarray:
     """Sum the rewards [n] of each episode, in float64; an unfinished last episode counts too."""
     starts = np.append(0, np.flatnonzero(episode_ends(transitions))[:-1] + 1)
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
-
-
-def clip_actions(actions: np.ndarray) -> np.ndarray:
-    """Keep a dataset's actions just inside +-1, as the reference does before training."""
-    limit = np.float32(1 - 1e-5)
-    return np.clip(actions, -limit, limit)
 
 
 # Networks: {"dense_0": {"kernel": [in, out], "bias": [out]}, "dense_1": ..., ...}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tt_jax import iql, types
+from tt_jax import types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,28 +132,34 @@ def segment(trajectories: Trajectories, *, discount: float, termination_penalty:
     return np.concatenate(columns, axis=1, dtype=np.float64)
 
 
-def iql_transitions(trajectories: Trajectories) -> iql.Transitions:
-    """Cut episodes into the single steps that `iql.update` learns from, float32, in the order they were made.
+def transitions(trajectories: Trajectories) -> types.Transitions:
+    """Cut episodes into their n single steps, float32, in the order they were made, as `iql.update` learns from them.
 
-    Only real terminals have `not_terminal` 0: a truncated episode goes on for the Q-function. Actions are clipped just
+    Only real terminals have `not_terminal` 0: a truncated episode goes on for a Q-function. Actions are clipped just
     inside +-1. Raises ValueError if an action is not within +-1.
     """
     largest = np.abs(trajectories.actions).max()
     if largest > 1:
-        raise ValueError(f"IQL needs actions within +-1, {trajectories.dataset_id} has {largest}; rescale its actions.")
+        raise ValueError(f"actions must be within +-1, {trajectories.dataset_id} has {largest}; rescale its actions.")
     last_rows = trajectories.offsets[1:] - 1
     next_observations = np.empty_like(trajectories.observations)
     next_observations[:-1] = trajectories.observations[1:]
     next_observations[last_rows] = trajectories.final_observations
     not_terminal = np.ones(len(next_observations), np.float32)
     not_terminal[last_rows[trajectories.terminated]] = 0
-    return iql.Transitions(
+    return types.Transitions(
         observations=trajectories.observations.astype(np.float32),
-        actions=iql.clip_actions(trajectories.actions.astype(np.float32)),
+        actions=clip_actions(trajectories.actions.astype(np.float32)),
         rewards=trajectories.rewards.astype(np.float32),
         not_terminal=not_terminal,
         next_observations=next_observations.astype(np.float32),
     )
+
+
+def clip_actions(actions: np.ndarray) -> np.ndarray:
+    """Keep actions [n, A] just inside +-1, as the reference of IQL does before training."""
+    limit = np.float32(1 - 1e-5)
+    return np.clip(actions, -limit, limit)
 
 
 def num_windows(offsets) -> int:

@@ -42,6 +42,17 @@ class Batch:
 
 
 @chex.dataclass(frozen=True)
+class Transitions:
+    """Single steps of any episodes, in the environment's units; actions are within +-1."""
+
+    observations: chex.Array  # [B, N] float32
+    actions: chex.Array  # [B, A] float32
+    rewards: chex.Array  # [B] float32
+    not_terminal: chex.Array  # [B] float32, 0 after a real terminal; 1 also where the episode was cut short
+    next_observations: chex.Array  # [B, N] float32
+
+
+@chex.dataclass(frozen=True)
 class Context:
     """The past of each environment: its last `length` transitions, oldest first, at the start of a fixed buffer."""
 
