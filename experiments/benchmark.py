@@ -24,7 +24,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import entry
 from tests import oracle
-from tt_jax import iql, sequence_planner, tokenization, training, trajectories, transformer, types
+from tt_jax import data_parallel, iql, sequence_planner, tokenization, training, trajectories, transformer, types
 
 ONLY = flags.DEFINE_enum("only", None, ["plan", "train", "iql"], "Measure this alone.")
 SETTING = flags.DEFINE_enum("setting", None, ["hopper", "halfcheetah", "ant"], "Measure this setting alone.")
@@ -129,9 +129,9 @@ def train_row(name, batch_size, *, peak):
         config=train_config, model_config=config, windows_fn=windows_fn, num_windows=num_windows
     )
     state = training.init(jax.random.key(0), config=train_config, model_config=config)
-    fixed = training.replicate((store, np.uint32(0), np.int32(num_steps)))
+    fixed = data_parallel.replicate((store, np.uint32(0), np.int32(num_steps)))
     row = {"name": f"train {name}, batch {batch_size}, {DTYPE.value}"}
-    row |= _timed(train_fn, training.replicate(state), *fixed, carry=True, steps=num_steps)
+    row |= _timed(train_fn, data_parallel.replicate(state), *fixed, carry=True, steps=num_steps)
     row["steps_per_second"] = 1 / row["wall_seconds"]
     row["tokens_per_second"] = batch_size * config.block_size / row["wall_seconds"]
     row["share_of_peak"] = _share(3 * batch_size * config.block_size * token_flops(config), row, peak)

@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 
 from experiments import control, datasets, entry, training_loop
-from tt_jax import checkpoints, iql, rollouts, training, trajectories
+from tt_jax import checkpoints, data_parallel, iql, iql_training, rollouts, trajectories
 
 CONFIG, DATASET, WORKDIR = training_loop.CONFIG, training_loop.DATASET, training_loop.WORKDIR
 DOWNLOAD = training_loop.DOWNLOAD
@@ -32,7 +32,7 @@ def main(_):
 
 def train(config, workdir, *, preemption, download=False):
     """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
-    train_config = entry.to_dataclass(training.IQLTrainConfig, config.iql_train)
+    train_config = entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
     if not 0 <= config.seed <= 2**32 - train_config.num_seeds:
         raise entry.UsageError(
             f"seed={config.seed} and the {train_config.num_seeds - 1} after it must be in [0, 2**32)."
@@ -53,7 +53,7 @@ def train(config, workdir, *, preemption, download=False):
     )
     run = config.to_dict() | {"env_spec": datasets.env_spec(config.dataset)}
     units = iql.fit_units(transitions, config=iql_config)
-    state = training.init_iql(config.seed, config=train_config, iql_config=iql_config, units=units)
+    state = iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units)
     if checkpoints.latest_step(workdir) is not None:
         state = _resume(workdir, state, iql_config)
         logging.info("resuming %s at step %d", workdir, state.step[0])
@@ -62,10 +62,10 @@ def train(config, workdir, *, preemption, download=False):
         logging.info("%s is done: %d of %d steps.", workdir, step, train_config.num_steps)
         return
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
-    train_fn = training.make_iql_train_fn(
+    train_fn = iql_training.make_train_fn(
         config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
     )
-    store, seed = training_loop.place(transitions), training.replicate(np.uint32(config.seed))
+    store, seed = training_loop.place(transitions), data_parallel.replicate(np.uint32(config.seed))
 
     def save(writer, step, host):
         rest = {"opt_state": host.opt_state, "step": host.step, "dropout_key": host.dropout_key}
@@ -77,7 +77,7 @@ def train(config, workdir, *, preemption, download=False):
         config=train_config,
         state=training_loop.place(state),
         step=step,
-        advance=lambda state, num_steps: train_fn(state, store, seed, training.replicate(np.int32(num_steps))),
+        advance=lambda state, num_steps: train_fn(state, store, seed, data_parallel.replicate(np.int32(num_steps))),
         evaluate=_make_evaluate(run, data_config, iql_config) if config.eval.num_episodes else None,
         save=save,
         describe=lambda metrics, rate: (
@@ -104,7 +104,7 @@ def _make_evaluate(run, data_config, iql_config):
     rollouts.check_spaces(envs, iql_config, config=data_config)
 
     def evaluate(state):
-        params = training.unreplicate(state.params)
+        params = data_parallel.unreplicate(state.params)
         found = []
         for learner in range(len(params["actor"]["log_std"])):
             act_fn = control.mean_action_fn(jax.tree.map(lambda leaf: leaf[learner], params))  # noqa: B023

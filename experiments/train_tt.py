@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments import datasets, entry, training_loop
-from tt_jax import checkpoints, training, trajectories, transformer
+from tt_jax import checkpoints, data_parallel, training, trajectories, transformer
 
 CONFIG, DATASET, WORKDIR = training_loop.CONFIG, training_loop.DATASET, training_loop.WORKDIR
 DOWNLOAD = training_loop.DOWNLOAD
@@ -55,7 +55,7 @@ def train(config, workdir, *, preemption, download=False):
         logging.info("%s is done: %d of %d steps.", workdir, step, train_config.num_steps)
         return
     state, store = training_loop.place(state), training_loop.place(data.train)
-    seed = training.replicate(np.uint32(config.seed))
+    seed = data_parallel.replicate(np.uint32(config.seed))
     run = config.to_dict() | {"env_spec": data.env_spec}
     tokens_per_step = train_config.batch_size * model_config.block_size
 
@@ -68,8 +68,8 @@ def train(config, workdir, *, preemption, download=False):
         config=train_config,
         state=state,
         step=step,
-        advance=lambda state, num_steps: train_fn(state, store, seed, training.replicate(np.int32(num_steps))),
-        evaluate=eval_fn and (lambda state: training.unreplicate(eval_fn(state.params, held_out))),
+        advance=lambda state, num_steps: train_fn(state, store, seed, data_parallel.replicate(np.int32(num_steps))),
+        evaluate=eval_fn and (lambda state: data_parallel.unreplicate(eval_fn(state.params, held_out))),
         save=save,
         describe=lambda metrics, rate: (
             f"loss {metrics['loss'][-1]:.4f}, lr {metrics['learning_rate'][-1]:.1e}, "

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from experiments import entry
-from tt_jax import checkpoints, training
+from tt_jax import checkpoints, data_parallel, iql_training, training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
 DATASET = flags.DEFINE_string("dataset", None, "Minari dataset id, in place of the configuration's.")
@@ -25,7 +25,7 @@ SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 def run(
     workdir: str,
     *,
-    config: training.TrainConfig | training.IQLTrainConfig,
+    config: training.TrainConfig | iql_training.IQLTrainConfig,
     state: Any,
     step: int,
     advance: Callable[[Any, int], tuple[Any, dict]],
@@ -53,7 +53,8 @@ def run(
             call_steps = _steps_until_event(step, call_steps, config)
             started = time.time()
             state, call_metrics = advance(state, call_steps)
-            call_metrics = {name: values[:call_steps] for name, values in training.unreplicate(call_metrics).items()}
+            host_metrics = data_parallel.unreplicate(call_metrics)
+            call_metrics = {name: values[:call_steps] for name, values in host_metrics.items()}
             _check_finite(call_metrics, first_step=step + 1)
             notes.append(call_metrics)
             step += call_steps
@@ -73,7 +74,7 @@ def run(
                 notes, log_time, log_step = [], time.time(), step
             interrupted = preemption.requested()
             if is_last or interrupted or step % config.checkpoint_every == 0:
-                save(writer, step, training.unreplicate(state))
+                save(writer, step, data_parallel.unreplicate(state))
             if interrupted and not is_last:
                 writer.wait()
                 raise entry.Interrupted(f"stopped at step {step}, saved in {workdir}; the same command goes on.")
@@ -85,7 +86,7 @@ def run(
 def place(tree: Any) -> Any:
     """Copy arrays to each device; what does not fit is a ValueError that says how much it is."""
     try:
-        return training.replicate(tree)
+        return data_parallel.replicate(tree)
     except jax.errors.JaxRuntimeError as error:
         size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)) / 2**20
         raise ValueError(f"{size:.0f} MiB of data do not fit the memory of a device: {error}") from error

@@ -4,7 +4,7 @@ import pytest
 
 from experiments import entry
 from experiments.configs import antmaze, four_rooms, locomotion, maze, quickstart, sparse_maze
-from tt_jax import iql, sequence_planner, training, trajectories, transformer, types
+from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
 ANTMAZE = [f"{name}{size}" for name in antmaze.MAZES for size in ("", "-cpu")]
@@ -29,7 +29,7 @@ def test_every_field_belongs_to_a_record(config):
     entry.to_dataclass(sequence_planner.PlanConfig, config.plan, discount=config.data.discount)
     settings = {name: value for name, value in config.iql.items() if name != "actor_cosine"}
     entry.to_dataclass(iql.IQLConfig, settings, observation_dim=4, action_dim=2)
-    entry.to_dataclass(training.IQLTrainConfig, config.iql_train)
+    entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
     assert config.plan.window[0] <= config.model.max_transitions
 
 

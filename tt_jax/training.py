@@ -1,4 +1,4 @@
-"""Train the Trajectory Transformer and IQL: schedule, optimizer, train steps, and the one data-parallel wrapper.
+"""Train the Trajectory Transformer: schedule, optimizer, train steps.
 
 The tokenised dataset lives on every device; a compiled call runs many steps and gathers its own windows, so that the
 position in the data is the step alone. All devices compute the ids of the global batch and take their share of it.
@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -16,14 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from flax import jax_utils
 
-from tt_jax import iql, trajectories, transformer, types
+from tt_jax import data_parallel, trajectories, transformer, types
 
-AXIS = "devices"
 _EVAL_WINDOWS = 2048  # whatever the batch, so that runs can be compared
 _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
-METRICS = ("loss", "loss_observation", "loss_action", "loss_reward", "loss_value", "grad_norm", "learning_rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +154,8 @@ def update(
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Do one step of the optimizer on `batch`, the device's equal share of the global batch if `axis_name` is given.
 
-    The metrics, `METRICS`, are means over the global batch before the step, the gradient's norm before clipping, and
-    the rate.
+    The metrics are those of `transformer.loss`, means over the global batch before the step; grad_norm, before
+    clipping; and learning_rate.
     """
     add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
     num_positions = add_up(jnp.float32(batch.targets.size))
@@ -242,11 +238,11 @@ def make_train_fn(
     """
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
-    local_size = _share_per_device(config.batch_size)
+    local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
 
     def train(state, store, seed, num_steps):
         dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
-        first = jax.lax.axis_index(AXIS) * local_size
+        first = jax.lax.axis_index(data_parallel.AXIS) * local_size
         rows = first + jnp.arange(local_size)
 
         def one_step(state):
@@ -257,17 +253,12 @@ def make_train_fn(
                 deviation = jnp.where(state.step < config.input_noise_steps, config.input_noise, 0.0)
                 inputs = _add_noise(batch.inputs, keys, spec=model_config.spec, deviation=deviation)
                 batch = batch.replace(inputs=inputs)
-            return update(state, batch, keys, config=config, model_config=model_config, axis_name=AXIS)
+            settings = {"config": config, "model_config": model_config, "axis_name": data_parallel.AXIS}
+            return update(state, batch, keys, **settings)
 
-        def step_and_note(index, carry):
-            state, notes = carry
-            state, metrics = one_step(state)
-            return state, jax.tree.map(lambda note, metric: note.at[index].set(metric), notes, metrics)
+        return data_parallel.run_steps(one_step, state, num_steps, max_steps=config.steps_per_call)
 
-        notes = {name: jnp.zeros([config.steps_per_call]) for name in METRICS}
-        return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
-
-    return data_parallel(train, donate_argnums=0)
+    return data_parallel.over_devices(train, donate_argnums=0)
 
 
 def _add_noise(tokens, row_keys, *, spec, deviation):
@@ -290,112 +281,23 @@ def make_eval_fn(
 
     They are rounded up to whole batches.
     """
-    local_size = _share_per_device(config.batch_size)
+    local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
     num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)
     ids = spaced.reshape(num_batches, -1, local_size)
 
     def evaluate(params, store):
         def add_batch(carry, batch_ids):
-            batch = windows_fn(store, batch_ids[jax.lax.axis_index(AXIS)])
+            batch = windows_fn(store, batch_ids[jax.lax.axis_index(data_parallel.AXIS)])
             goal = _goal(batch, model_config)
             _, sums, counts = transformer.loss_sums(params, batch, config=model_config, goal=goal)
             return (carry[0] + sums, carry[1] + counts), None
 
         totals, _ = jax.lax.scan(add_batch, (jnp.zeros([4]), jnp.zeros([4])), jnp.asarray(ids))
-        return transformer.mean_losses(*jax.lax.psum(totals, AXIS))
+        return transformer.mean_losses(*jax.lax.psum(totals, data_parallel.AXIS))
 
-    return data_parallel(evaluate)
+    return data_parallel.over_devices(evaluate)
 
 
 def _goal(batch: types.Batch, model_config: transformer.TransformerConfig) -> chex.Array | None:
     return batch.goal if model_config.goal_conditioned else None
-
-
-def _share_per_device(batch_size: int, *, flag: str = "train.batch_size") -> int:
-    devices = jax.device_count()
-    if batch_size % devices:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {devices} devices; set --config.{flag}.")
-    return batch_size // devices
-
-
-# Implicit Q-Learning
-
-
-@dataclasses.dataclass(frozen=True)
-class IQLTrainConfig:
-    """Static settings of an IQL run; the defaults are the reference's."""
-
-    num_steps: int = 1_000_000
-    batch_size: int = 256  # transitions per update over all devices
-    num_seeds: int = 1  # learners trained side by side in one program
-    steps_per_call: int = 1000  # updates in one compiled call
-    log_every: int = 5_000
-    eval_every: int = 50_000
-    checkpoint_every: int = 50_000
-    keep_checkpoints: int = 3
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"iql_train.{field.name}={getattr(self, field.name)} must be at least 1.")
-
-
-def init_iql(seed: int, *, config: IQLTrainConfig, iql_config: iql.IQLConfig, units: types.Params) -> iql.IQLState:
-    """Return the states of the learners with the seeds from `seed` on, stacked: every leaf is [num_seeds, ...]."""
-    keys = jax.vmap(jax.random.key)(_learner_seeds(seed, config))
-    return jax.vmap(functools.partial(iql.init, config=iql_config, units=units))(keys)
-
-
-def make_iql_train_fn(
-    *, config: IQLTrainConfig, iql_config: iql.IQLConfig, num_transitions: int
-) -> Callable[..., tuple[iql.IQLState, dict[str, chex.Array]]]:
-    """Return the data-parallel train_fn(state, transitions, seed, num_steps) -> (state, metrics).
-
-    As `make_train_fn`, for the stacked states of `init_iql`; metrics are [steps_per_call, num_seeds]. Each learner
-    draws its transitions, with replacement, from its own seed and step, so it learns what it would learn alone.
-    """
-    local_size = _share_per_device(config.batch_size, flag="iql_train.batch_size")
-
-    def train(state, transitions, seed, num_steps):
-        first = jax.lax.axis_index(AXIS) * local_size
-
-        def one_step(learner, learner_seed):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(learner_seed), 1), learner.step)
-            rows = jax.random.randint(key, [config.batch_size], 0, num_transitions)
-            rows = jax.lax.dynamic_slice_in_dim(rows, first, local_size)
-            batch = jax.tree.map(lambda leaf: leaf[rows], transitions)
-            return iql.update(learner, batch, config=iql_config, axis_name=AXIS)
-
-        def step_and_note(index, carry):
-            state, notes = carry
-            state, metrics = jax.vmap(one_step)(state, _learner_seeds(seed, config))
-            return state, jax.tree.map(lambda note, metric: note.at[index].set(metric), notes, metrics)
-
-        _, shapes = jax.eval_shape(jax.vmap(one_step), state, _learner_seeds(seed, config))
-        notes = jax.tree.map(lambda shape: jnp.zeros([config.steps_per_call, *shape.shape]), shapes)
-        return jax.lax.fori_loop(0, num_steps, step_and_note, (state, notes))
-
-    return data_parallel(train, donate_argnums=0)
-
-
-def _learner_seeds(seed, config):
-    return jnp.uint32(seed) + jnp.arange(config.num_seeds, dtype=jnp.uint32)
-
-
-def data_parallel(fn: Callable[..., Any], *, donate_argnums: int | tuple[int, ...] = ()) -> Callable[..., Any]:
-    """Map `fn` over all devices of all processes; it can reduce over the axis `AXIS`.
-
-    Every array in arguments and results has a leading axis of the local devices.
-    """
-    return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
-
-
-def replicate(tree: Any) -> Any:
-    """Copy a pytree of host arrays to each local device, as `data_parallel` functions take it."""
-    return jax_utils.replicate(tree, axis_name=AXIS)
-
-
-def unreplicate(tree: Any) -> Any:
-    """Take what the first local device holds to numpy, as own copies that outlive a donation."""
-    return jax.tree.map(lambda x: np.array(x.addressable_data(0)[0]), tree)
