@@ -1,5 +1,8 @@
 """Every configuration builds the settings that it is for, and the paper's numbers are in it."""
 
+import json
+import pathlib
+
 import pytest
 
 from experiments import entry
@@ -13,7 +16,24 @@ CONFIGS = {
     **{name: locomotion.get_config(name) for name in LOCOMOTION},
     **{f"antmaze-{name}": antmaze.get_config(name) for name in ANTMAZE},
 }
+STORED = json.loads((pathlib.Path(__file__).parent / "data" / "configs.json").read_text())
 TOKENIZER_FIELDS = ("eval_fraction", "num_bins", "method", "distinct_values")
+
+
+def flatten(config):
+    """Return the fields by their dotted names, as JSON, which tells 1 from 1.0 but not tuples from lists."""
+    flat = {}
+    for part, value in config.to_dict().items():
+        fields = {f"{part}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {part: value}
+        flat |= {name: json.dumps(each) for name, each in fields.items()}
+    return flat
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_field_is_what_is_stored(name):
+    expected = {field: json.dumps(value) for field, value in (STORED["common"] | STORED[name]).items()}
+    assert flatten(CONFIGS[name]) == expected
+    assert set(STORED) == {"common", *CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
