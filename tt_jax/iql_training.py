@@ -19,14 +19,14 @@ from tt_jax import data_parallel, iql, types
 class IQLTrainConfig:
     """Static settings of an IQL run; the defaults are the reference's."""
 
-    num_steps: int = 1_000_000
+    num_steps: int = 1_000_000  # updates
     batch_size: int = 256  # transitions per update over all devices
     num_seeds: int = 1  # learners trained side by side in one program
     steps_per_call: int = 1000  # updates in one compiled call
-    log_every: int = 5_000
-    eval_every: int = 50_000
-    checkpoint_every: int = 50_000
-    keep_checkpoints: int = 3
+    log_every: int = 5_000  # updates
+    eval_every: int = 50_000  # updates, a multiple of log_every; also at the end
+    checkpoint_every: int = 50_000  # updates; also at the end
+    keep_checkpoints: int = 3  # the newest
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -26,13 +26,13 @@ _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout ar
 class TrainConfig:
     """Static settings of a training run; the defaults are the reference's."""
 
-    num_steps: int = 195_000
+    num_steps: int = 195_000  # updates
     batch_size: int = 256  # windows per step over all devices
-    learning_rate: float = 6e-4
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest global norm
-    beta1: float = 0.9
-    beta2: float = 0.95
+    learning_rate: float = 6e-4  # the highest
+    weight_decay: float = 0.1  # of matrices only
+    grad_clip: float = 1.0  # largest global norm of the gradient
+    beta1: float = 0.9  # of Adam's mean of gradients
+    beta2: float = 0.95  # of their squares
     optimizer: str = "adamw"  # or "muon", which needs fewer updates
     warmup_tokens: int = 0  # 0: those of one epoch
     final_tokens: int = 0  # where the cosine first reaches its floor; 0: those of 20 epochs
@@ -40,10 +40,10 @@ class TrainConfig:
     input_noise: float = 0.0  # standard deviation in bins of noise on the observations and actions that the model reads
     input_noise_steps: int = 0  # steps with that noise; then the model learns to trust what it reads
     steps_per_call: int = 50  # train steps in one compiled call
-    log_every: int = 100
-    eval_every: int = 1000
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 3
+    log_every: int = 100  # steps
+    eval_every: int = 1000  # steps, a multiple of log_every; also at the end
+    checkpoint_every: int = 1000  # steps; also at the end
+    keep_checkpoints: int = 3  # the newest
 
     def __post_init__(self):
         counts = ("num_steps", "batch_size", "steps_per_call", "log_every", "eval_every", "checkpoint_every")

@@ -6,7 +6,9 @@ python -m experiments.plan --workdir=runs/ant_tt --iql_workdir=runs/ant_iql --nu
 
 or all of it with `python -m experiments.maze_table`. Selection: MAZE-DATA with umaze, umaze-diverse, medium-play,
 medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari, with the settings of the
-papers (arXiv 2106.02039, 2110.06169): a GPU's work. "-cpu" at the end scales them to hours on 2 CPU cores.
+papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-cpu" at the end scales them to
+hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q on two ant
+mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
 """
 
 from experiments.configs import maze
@@ -20,24 +22,13 @@ def get_config(name="medium-diverse"):
     if maze_name not in MAZES:
         raise ValueError(f"no settings called {name!r}; choose one of {MAZES}, with -cpu for small ones")
 
-    config = maze.get_config()
-    with config.unlocked():
-        config.dataset = f"D4RL/antmaze/{maze_name}-v1"  # Minari id
-        config.data.observation_keys = ("achieved_goal", "observation")  # the goal is always the same
-        config.data.eval_fraction = 0.02
-
-        config.model.num_layers = 4
-        config.model.embed_dim = 128
-
-        config.train.batch_size = 128
-        config.train.num_steps = 195_000
-        config.train.learning_rate = 6e-4
-        config.train.eval_every = config.train.checkpoint_every = 5_000
-
-        config.plan.beam_width = 128
-        config.plan.window = (5, 4)
-        if name.endswith("-cpu"):
-            _scale_down(config)
+    config = maze.any_maze()
+    config.dataset = f"D4RL/antmaze/{maze_name}-v1"
+    config.data.observation_keys = ("achieved_goal", "observation")  # the goal is always the same
+    config.train.batch_size = 128
+    config.train.eval_every = config.train.checkpoint_every = 5_000
+    if name.endswith("-cpu"):
+        _scale_down(config)
     return config
 
 
