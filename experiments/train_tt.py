@@ -48,7 +48,7 @@ def train(config, workdir, *, preemption, download=False):
     init = functools.partial(training.init, config=train_config, model_config=model_config)
     state = jax.jit(init)(jax.random.key(config.seed))
     if checkpoints.latest_step(workdir) is not None:
-        state = _resume(workdir, state, data.tokenizer)
+        state = _resume(workdir, state, model_config, data.tokenizer)
         logging.info("resuming %s at step %d", workdir, state.step)
     step = int(state.step)
     if step >= train_config.num_steps:
@@ -80,9 +80,13 @@ def train(config, workdir, *, preemption, download=False):
     )
 
 
-def _resume(workdir, fresh, tokenizer):
+def _resume(workdir, fresh, model_config, tokenizer):
     template = {"opt_state": fresh.opt_state, "step": fresh.step, "tokens_seen": fresh.tokens_seen}
     checkpoint = checkpoints.restore(workdir, state_template=template)
+    if checkpoint.config != model_config:  # also by a setting that the run's config.json is too old to know
+        raise entry.UsageError(
+            f"{workdir} holds {checkpoint.config}, this run is {model_config}; use another --workdir."
+        )
     same = jax.tree.map(np.array_equal, dataclasses.astuple(checkpoint.tokenizer), dataclasses.astuple(tokenizer))
     if not all(jax.tree.leaves(same)):
         raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")

@@ -97,11 +97,15 @@ def test_a_finished_run_says_so_and_stays_as_it_is(train, trained):
 def test_a_run_from_before_a_setting_existed_goes_on(train, trained, tmp_path):
     workdir = shutil.copytree(trained, tmp_path / "run")
     config = json.loads((workdir / "config.json").read_text())
-    del config["model"]["goal_conditioned"]
+    del config["model"]["reference_goal_mask"]
     (workdir / "config.json").write_text(json.dumps(config))
     done = train(*MAZE, f"--workdir={workdir}")
     assert done.code == 0, done.stderr
     assert "is done: 420 of 420 steps." in done.stdout
+    (workdir / "config.json").write_text(json.dumps(config))
+    done = train(*MAZE, f"--workdir={workdir}", "--config.model.reference_goal_mask=True")
+    assert done.code == 2
+    assert "reference_goal_mask=False" in done.error and "reference_goal_mask=True" in done.error
 
 
 # Interruptions
