@@ -192,7 +192,7 @@ def _model(observation_dim, action_dim):
     config = transformer.TransformerConfig(spec=spec, dtype=DTYPE.value)
     params = transformer.init(jax.random.key(0), config=config)
     # Larger embeddings make predictions differ, so that plans branch as they do with a trained model.
-    return config, params | {"token_embedding": 20 * params["token_embedding"]}
+    return config, params | {"token_embedding": {"embedding": 20 * params["token_embedding"]["embedding"]}}
 
 
 def _timed(fn, *arguments, carry=False, steps=1):

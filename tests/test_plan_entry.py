@@ -118,7 +118,7 @@ def trained_with_goals(train, tmp_path_factory):
 def test_a_goal_conditioned_run_plans_to_the_goal_of_each_episode(plan, trained_with_goals):
     command = [f"--workdir={trained_with_goals[0]}", *SMALL, "--planner=likelihood"]
     results, _ = run_plan(plan, *command)
-    assert checkpoints.restore(trained_with_goals[0]).params["goal_embedding"].shape == (4 * 20, 16)
+    assert checkpoints.restore(trained_with_goals[0]).params["goal_embedding"]["embedding"].shape == (4 * 20, 16)
     returns = [episode["return"] for episode in results["episodes"]]
     assert np.isfinite(returns).all()
     fixed, _ = run_plan(plan, *command, "--goal=1.0,1.0")

@@ -20,8 +20,8 @@ def state():
 
 def test_every_weight_stands_where_the_model_reads_it(state):
     params = torch_import.from_state_dict(state, config=golden.CONFIG)
-    x, layer = np.random.default_rng(0).normal(size=16).astype(np.float32), 1
-    blocks = {name: {part: leaf[layer] for part, leaf in leaves.items()} for name, leaves in params["blocks"].items()}
+    x = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    blocks = params["blocks_1"]
     qkv = x @ blocks["qkv"]["kernel"] + blocks["qkv"]["bias"]
     for part, name in zip(np.split(qkv, 3), ("query", "key", "value"), strict=True):
         weight, bias = (state[f"blocks.1.attn.{name}.{kind}"] for kind in ("weight", "bias"))
@@ -38,9 +38,9 @@ def test_every_weight_stands_where_the_model_reads_it(state):
         np.testing.assert_array_equal(blocks[ours]["bias"], state[f"blocks.1.{theirs}.bias"])
     np.testing.assert_array_equal(params["norm"]["scale"], state["ln_f.weight"])
     np.testing.assert_array_equal(params["norm"]["bias"], state["ln_f.bias"])
-    np.testing.assert_array_equal(params["token_embedding"], state["tok_emb.weight"])
-    np.testing.assert_array_equal(params["position_embedding"], state["pos_emb"][0])
-    np.testing.assert_array_equal(params["head"][3], state["head.weight"][3].T)
+    np.testing.assert_array_equal(params["token_embedding"]["embedding"], state["tok_emb.weight"])
+    np.testing.assert_array_equal(params["position_embedding"]["embedding"], state["pos_emb"][0])
+    np.testing.assert_array_equal(params["head"]["kernel"][3], state["head.weight"][3].T)
 
 
 @pytest.mark.parametrize("config, name", [(golden.CONFIG, "gpt"), (GOAL_CONFIG, "goal")], ids=["gpt", "goal"])
@@ -55,7 +55,7 @@ def test_the_float_type_is_kept_and_lists_are_taken(state):
     double = {name: value.astype(np.float64) for name, value in state.items()}
     double["ln_f.bias"] = double["ln_f.bias"].tolist()
     params = torch_import.from_state_dict(double, config=golden.CONFIG)
-    assert params["head"].dtype == params["norm"]["bias"].dtype == np.float64
+    assert params["head"]["kernel"].dtype == params["norm"]["bias"].dtype == np.float64
     np.testing.assert_array_equal(params["norm"]["bias"], state["ln_f.bias"])
 
 

@@ -280,7 +280,7 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(train, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, trained, tmp_path):
     checkpoint = checkpoints.restore(trained)
-    broken = checkpoint.params | {"position_embedding": np.full_like(checkpoint.params["position_embedding"], np.nan)}
+    broken = checkpoint.params | {"norm": {name: np.full(16, np.nan, np.float32) for name in ("scale", "bias")}}
     state = checkpoint.state | {"step": np.int32(7)}
     settings = {"config": checkpoint.config, "tokenizer": checkpoint.tokenizer, "run": checkpoint.run}
     checkpoints.save(tmp_path, step=7, params=broken, state=state, **settings)

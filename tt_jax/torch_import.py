@@ -54,39 +54,35 @@ def from_state_dict(state_dict: Mapping[str, Any], *, config: transformer.Transf
         used.add(name)
         return state[name]
 
-    def blocks(name, *shape):
-        return np.stack([take(f"blocks.{index}.{name}", *shape) for index in range(config.num_layers)])
-
     def linear(name, fan_in, fan_out):
-        return {
-            "kernel": blocks(f"{name}.weight", fan_out, fan_in).swapaxes(1, 2),
-            "bias": blocks(f"{name}.bias", fan_out),
-        }
+        return {"kernel": take(f"{name}.weight", fan_out, fan_in).T, "bias": take(f"{name}.bias", fan_out)}
 
     def norm(name):
-        return {"scale": blocks(f"{name}.weight", embed), "bias": blocks(f"{name}.bias", embed)}
+        return {"scale": take(f"{name}.weight", embed), "bias": take(f"{name}.bias", embed)}
+
+    def block(name):
+        heads = [linear(f"{name}.attn.{part}", embed, embed) for part in ("query", "key", "value")]
+        return {
+            "norm_1": norm(f"{name}.ln1"),
+            "qkv": {part: np.concatenate([head[part] for head in heads], axis=-1) for part in ("kernel", "bias")},
+            "projection": linear(f"{name}.attn.proj", embed, embed),
+            "norm_2": norm(f"{name}.ln2"),
+            "mlp_in": linear(f"{name}.mlp.0", embed, 4 * embed),
+            "mlp_out": linear(f"{name}.mlp.2", 4 * embed, embed),
+        }
 
     spec, embed = config.spec, config.embed_dim
-    heads = [linear(f"attn.{name}", embed, embed) for name in ("query", "key", "value")]
-    goal_rows = (
-        spec.observation_dim if config.goal_conditioned else 0
-    )  # the reference adds position rows it never reads
+    # For a goal the reference adds rows of positions that it never reads.
+    num_positions = config.block_size + (spec.observation_dim if config.goal_conditioned else 0)
     params = {
-        "token_embedding": take("tok_emb.weight", spec.num_bins * spec.transition_dim + 1, embed),
-        "position_embedding": take("pos_emb", 1, config.block_size + goal_rows, embed)[0, : config.block_size],
-        "blocks": {
-            "norm_1": norm("ln1"),
-            "qkv": {part: np.concatenate([head[part] for head in heads], axis=-1) for part in ("kernel", "bias")},
-            "projection": linear("attn.proj", embed, embed),
-            "norm_2": norm("ln2"),
-            "mlp_in": linear("mlp.0", embed, 4 * embed),
-            "mlp_out": linear("mlp.2", 4 * embed, embed),
-        },
-        "norm": {"scale": take("ln_f.weight", embed), "bias": take("ln_f.bias", embed)},
-        "head": take("head.weight", spec.transition_dim, spec.num_bins + 1, embed).swapaxes(1, 2),
+        "token_embedding": {"embedding": take("tok_emb.weight", spec.num_bins * spec.transition_dim + 1, embed)},
+        "position_embedding": {"embedding": take("pos_emb", 1, num_positions, embed)[0, : config.block_size]},
+        **{f"blocks_{index}": block(f"blocks.{index}") for index in range(config.num_layers)},
+        "norm": norm("ln_f"),
+        "head": {"kernel": take("head.weight", spec.transition_dim, spec.num_bins + 1, embed).swapaxes(1, 2)},
     }
     if config.goal_conditioned:
-        params["goal_embedding"] = take("goal_emb.weight", spec.num_bins * spec.observation_dim, embed)
+        params["goal_embedding"] = {"embedding": take("goal_emb.weight", spec.num_bins * spec.observation_dim, embed)}
     left_over = sorted(set(state) - used)
     if left_over:
         raise ValueError(f"the state_dict holds '{left_over[0]}', which a model of {config.num_layers} layers lacks.")

@@ -122,14 +122,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _muon_dimensions(params):
-    """Mark the kernels, stacked over layers, as matrices [input, output]."""
-    matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree_util.tree_map_with_path(lambda path, _: matrices if path[-1].key == "kernel" else None, params)
+    """Mark the kernels of the blocks as matrices [input, output]."""
+    matrices = optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=1)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: matrices if path[-1].key == "kernel" and path[0].key != "head" else None, params
+    )
 
 
 def decay_mask(params: types.Params) -> types.Params:
     """Mark with True what weight decay applies to: the kernels of linear maps and the head."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "head"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def init(rng_key: chex.PRNGKey, *, config: TrainConfig, model_config: transformer.TransformerConfig) -> TrainState:

@@ -1,26 +1,28 @@
-"""The GPT over transition tokens (Trajectory Transformer, section 3.1 and appendix A) as pure functions.
+"""The GPT over transition tokens (Trajectory Transformer, section 3.1 and appendix A).
 
-Parameters are a nested dict of arrays; those of the blocks are stacked over the layers. Exactly the PyTorch reference:
-pre-norm blocks, exact GELU, learned absolute positions, a token table per dimension with one shared stop token, an
-output matrix per dimension without bias. Value tokens are hidden from attention, their own position included: they
-enter only the residual stream at their own position, so they influence nothing but the first token of the next
-observation.
+`Transformer` and its `Block` are Flax modules; the functions apply them to parameters, a nested dict of arrays. Exactly
+the PyTorch reference: pre-norm blocks, exact GELU, learned absolute positions, a token table per dimension with one
+shared stop token, an output matrix per dimension without bias. Value tokens are hidden from attention, their own
+position included: they enter only the residual stream at their own position, so they influence nothing but the first
+token of the next observation.
+
+What a block attends to is handed to it as a function: the sequence itself here, what is cached in `decoding`.
 """
 
 import dataclasses
 import functools
-import math
-import operator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from tt_jax import types
 
-_LAYER_NORM_EPS = 1e-5
 _QUERY_BLOCKS = 4  # of causal attention: each reads only the keys up to its end, 5/8 of all pairs
 
 
@@ -62,9 +64,167 @@ class TransformerConfig:
         return self.max_transitions * self.spec.transition_dim - 1
 
     @property
+    def hidden_dim(self) -> int:
+        """The dimension of a transition whose tokens nobody sees: the value, or what the reference's columns hit."""
+        is_shifted = self.goal_conditioned and self.reference_goal_mask  # by the goal in front
+        return self.spec.action_dim + 1 if is_shifted else self.spec.transition_dim - 1
+
+    @property
     def precision(self) -> jax.lax.Precision:
         """float32 products are computed in float32 on every backend."""
         return jax.lax.Precision.HIGHEST if self.dtype == "float32" else jax.lax.Precision.DEFAULT
+
+
+AttendFn = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
+DropoutFn = Callable[[chex.Array, float], chex.Array]
+
+
+class Block(nn.Module):
+    """One layer: attention, then an MLP, each with a norm before it and a residual connection around it."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        embed = self.config.embed_dim
+        self.norm_1, self.norm_2 = _norm(self.config.dtype), _norm(self.config.dtype)
+        self.qkv, self.projection = _dense(self.config, 3 * embed), _dense(self.config, embed)
+        self.mlp_in, self.mlp_out = _dense(self.config, 4 * embed), _dense(self.config, embed)
+
+    def __call__(self, x: chex.Array, attend_fn: AttendFn, dropout_fn: DropoutFn) -> tuple[chex.Array, Any]:
+        """Map x [..., T, E] to the same shape; return it and what `attend_fn` returned second.
+
+        `attend_fn(query, key, value)` of [..., H, T, E / H] each, the query scaled, returns the mixed values.
+        """
+        heads = self.qkv(self.norm_1(x)).reshape(*x.shape[:-1], 3, self.config.num_heads, -1)
+        query, key, value = jnp.moveaxis(heads, (-3, -2), (0, -3))  # [..., H, T, E / H]
+        mixed, extra = attend_fn(query * query.shape[-1] ** -0.5, key, value)
+        mixed = self.projection(jnp.moveaxis(mixed, -3, -2).reshape(x.shape))
+        x = x + dropout_fn(mixed, self.config.residual_dropout)
+        hidden = self.mlp_out(_gelu(self.mlp_in(self.norm_2(x))))
+        return x + dropout_fn(hidden, self.config.residual_dropout), extra
+
+
+class Head(nn.Module):
+    """An output matrix for each dimension of a transition, uniform in +-1/sqrt(E) at first."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        spec, embed = self.config.spec, self.config.embed_dim
+        shape = (spec.transition_dim, embed, spec.num_bins + 1)
+        self.kernel = self.param("kernel", _uniform(embed**-0.5), shape)
+
+    def __call__(self, x: chex.Array) -> chex.Array:
+        """Map x [B, T, E] of whole sequences to logits [B, T, V + 1]."""
+        dim, length = self.config.spec.transition_dim, x.shape[1]
+        x = jnp.pad(x, [(0, 0), (0, -length % dim), (0, 0)]).reshape(len(x), -1, dim, x.shape[-1])
+        logits = jnp.einsum("bkde,dev->bkdv", x, self.kernel, precision=self.config.precision)
+        return logits.reshape(len(x), -1, logits.shape[-1])[:, :length]
+
+    def at(self, x: chex.Array, dim: chex.Array) -> chex.Array:
+        """Map x [..., E] of tokens of one dimension to logits [..., V + 1]."""
+        kernel = jax.lax.dynamic_index_in_dim(jnp.asarray(self.kernel), dim, keepdims=False)
+        return jnp.matmul(x, kernel, precision=self.config.precision)
+
+
+class Transformer(nn.Module):
+    """The whole model."""
+
+    config: TransformerConfig
+
+    def setup(self):
+        config, spec = self.config, self.config.spec
+        num_tokens = spec.num_bins * spec.transition_dim + 1
+        token_init = _smooth_table(spec) if config.smooth_embedding else _normal()
+        self.token_embedding = nn.Embed(num_tokens, config.embed_dim, embedding_init=token_init)
+        self.position_embedding = nn.Embed(config.block_size, config.embed_dim, embedding_init=nn.initializers.zeros)
+        if config.goal_conditioned:
+            num_goals = spec.num_bins * spec.observation_dim
+            self.goal_embedding = nn.Embed(num_goals, config.embed_dim, embedding_init=_normal())
+        self.blocks = [Block(config) for _ in range(config.num_layers)]
+        self.norm = _norm("float32")
+        self.head = Head(config)
+
+    def __call__(self, tokens, goal=None, dropout_key=None):
+        """Return the logits [B, T, V + 1] and the attention weights of each layer [B, H, G + T, G + T]."""
+        length, config = tokens.shape[1], self.config
+        dropout_fn = make_dropout(dropout_key, len(tokens))
+        x = self.embed(tokens, np.arange(length) % config.spec.transition_dim, np.arange(length))
+        if goal is not None:
+            x = jnp.concatenate([self.embed_goal(goal), x], axis=1)
+        x = dropout_fn(x, config.embedding_dropout)
+        attend_fn = functools.partial(
+            _attend_causally, visible=visible_keys(config, length), dropout_fn=dropout_fn, config=config
+        )
+        x, weights = self.run_blocks(x, [attend_fn] * config.num_layers, dropout_fn)
+        return self.head(self.norm(x[:, x.shape[1] - length :])), weights
+
+    def run_blocks(self, x, attend_fns, dropout_fn=lambda x, rate: x):
+        """Map embedded tokens x [..., T, E] through all blocks; return it and what each of the `attend_fns` returns."""
+        extras = []
+        for block, attend_fn in zip(self.blocks, attend_fns, strict=True):
+            x, extra = block(x, attend_fn, dropout_fn)
+            extras.append(extra)
+        return x, extras
+
+    def embed(self, tokens, dims, positions):
+        """Embed `tokens` [..., T] of the dimensions `dims` of their transitions at `positions` into [..., T, E]."""
+        spec = self.config.spec
+        offsets = jnp.broadcast_to(jnp.asarray(dims) * spec.num_bins, tokens.shape)
+        rows = jnp.where(tokens == spec.stop_token, spec.num_bins * spec.transition_dim, tokens + offsets)
+        position = self.position_embedding(jnp.asarray(positions))
+        position = position.reshape((1,) * (tokens.ndim + 1 - position.ndim) + position.shape)
+        return (self.token_embedding(rows) + position).astype(self.config.dtype)
+
+    def embed_goal(self, goal):
+        """Embed the tokens [..., N] of a goal, which have a table of their own and no positions, into [..., N, E]."""
+        offsets = self.config.spec.num_bins * np.arange(self.config.spec.observation_dim)
+        return self.goal_embedding(goal + jnp.broadcast_to(offsets, goal.shape)).astype(self.config.dtype)
+
+    def next_logits(self, x, dim):
+        """Map the output x [..., E] of tokens of dimension `dim` to logits [..., V + 1] of the next token."""
+        return self.head.at(self.norm(x), dim)
+
+
+def _dense(config, features):
+    return nn.Dense(features, dtype=config.dtype, precision=config.precision, kernel_init=_normal())
+
+
+def _norm(dtype):
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False)
+
+
+def _normal():
+    return nn.initializers.normal(0.02)
+
+
+def _uniform(bound):
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _smooth_table(spec):
+    """Return an initialiser that draws the token table as random sums of slow cosines over each dimension's bins."""
+
+    def init(key, shape, dtype=jnp.float32):
+        frequencies = np.arange(8)  # half periods over all bins
+        centers = (np.arange(spec.num_bins) + 0.5) / spec.num_bins
+        waves = np.cos(np.pi * frequencies * centers[:, None]) * np.where(frequencies, 2.0, 1.0) ** 0.5
+        waves /= (1 + frequencies) ** 0.5 * np.sum(1 / (1 + frequencies)) ** 0.5  # [V, 8], the slow ones larger
+        coefficients = jax.random.normal(key, (spec.transition_dim, len(frequencies), shape[1]), dtype)
+        table = 0.1 * jnp.einsum("vf,dfe->dve", waves, coefficients).reshape(-1, shape[1])  # normal(0.1)
+        return jnp.concatenate([table, jnp.zeros([1, shape[1]])])  # the stop token is no number
+
+    return init
+
+
+def _gelu(x):
+    """Exact GELU by erf, as PyTorch computes it; `jax.nn.gelu` takes erfc, which costs several times as much on CPU."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * np.float32(0.5**0.5).astype(x.dtype)))
+
+
+def matmul(a: chex.Array, b: chex.Array, config: TransformerConfig) -> chex.Array:
+    """Multiply [..., n, m] by [..., m, k] in the dtype of the first and the precision of the configuration."""
+    return jnp.matmul(a, b.astype(a.dtype), precision=config.precision)
 
 
 def init(rng_key: chex.PRNGKey, *, config: TransformerConfig) -> types.Params:
@@ -72,53 +232,8 @@ def init(rng_key: chex.PRNGKey, *, config: TransformerConfig) -> types.Params:
 
     With `smooth_embedding` tokens of neighbouring bins start out alike, as numbers that are close should.
     """
-    layers, embed, spec = config.num_layers, config.embed_dim, config.spec
-    tokens_key, head_key, goal_key, *block_keys = jax.random.split(rng_key, 7)
-
-    def normal(key, *shape):
-        return 0.02 * jax.random.normal(key, shape, jnp.float32)
-
-    def linear(key, fan_in, fan_out):
-        return {"kernel": normal(key, layers, fan_in, fan_out), "bias": jnp.zeros([layers, fan_out])}
-
-    def norm(*shape):
-        return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
-
-    bound = embed**-0.5
-    params = {
-        "token_embedding": (
-            _smooth_embedding(tokens_key, spec, embed)
-            if config.smooth_embedding
-            else normal(tokens_key, spec.num_bins * spec.transition_dim + 1, embed)
-        ),
-        "position_embedding": jnp.zeros([config.block_size, embed]),
-        "blocks": {
-            "norm_1": norm(layers, embed),
-            "qkv": linear(block_keys[0], embed, 3 * embed),
-            "projection": linear(block_keys[1], embed, embed),
-            "norm_2": norm(layers, embed),
-            "mlp_in": linear(block_keys[2], embed, 4 * embed),
-            "mlp_out": linear(block_keys[3], 4 * embed, embed),
-        },
-        "norm": norm(embed),
-        "head": jax.random.uniform(
-            head_key, [spec.transition_dim, embed, spec.num_bins + 1], jnp.float32, -bound, bound
-        ),
-    }
-    if config.goal_conditioned:
-        params["goal_embedding"] = normal(goal_key, spec.num_bins * spec.observation_dim, embed)
-    return params
-
-
-def _smooth_embedding(key, spec, embed):
-    """Draw the token table [N * D + 1, E] as random sums of slow cosines over each dimension's bins, normal(0.1)."""
-    frequencies = np.arange(8)  # half periods over all bins
-    centers = (np.arange(spec.num_bins) + 0.5) / spec.num_bins
-    waves = np.cos(np.pi * frequencies * centers[:, None]) * np.where(frequencies, 2.0, 1.0) ** 0.5
-    waves /= (1 + frequencies) ** 0.5 * np.sum(1 / (1 + frequencies)) ** 0.5  # [N, 8], the slow ones larger
-    coefficients = jax.random.normal(key, (spec.transition_dim, len(frequencies), embed))
-    table = 0.1 * jnp.einsum("nf,dfe->dne", waves, coefficients).reshape(-1, embed)
-    return jnp.concatenate([table, jnp.zeros([1, embed])])  # the stop token is no number
+    goal = jnp.zeros([1, config.spec.observation_dim], jnp.int32) if config.goal_conditioned else None
+    return Transformer(config).init(rng_key, jnp.zeros([1, 1], jnp.int32), goal)["params"]
 
 
 def apply(
@@ -135,7 +250,8 @@ def apply(
     tokens for a goal-conditioned model. With a `dropout_key`, one key or one per row, dropout is applied. Raises
     ValueError if T is too long or the goal does not suit the configuration.
     """
-    return _forward(params, tokens, config, goal, dropout_key)[0]
+    _check_input(tokens, goal, config)
+    return Transformer(config).apply({"params": params}, tokens, goal, dropout_key)[0]
 
 
 def attention(
@@ -143,9 +259,10 @@ def attention(
 ) -> chex.Array:
     """Return the attention weights [num_layers, B, num_heads, T, T] of a pass over `tokens` [B, T], query by key.
 
-    With a goal T includes its N tokens, in front.
+    float32, each row sums to 1. With a goal T includes its N tokens, in front. Raises ValueError as `apply`.
     """
-    return _forward(params, tokens, config, goal, None)[1]
+    _check_input(tokens, goal, config)
+    return jnp.stack(Transformer(config).apply({"params": params}, tokens, goal)[1])
 
 
 def loss(
@@ -200,135 +317,24 @@ def mean_losses(sums: chex.Array, counts: chex.Array) -> dict[str, chex.Array]:
 def visible_keys(config: TransformerConfig, length: int) -> np.ndarray:
     """Return which key (column) a query (row) may see in a pass over `length` tokens, with the goal [G + T, G + T]."""
     goal_length = config.spec.observation_dim if config.goal_conditioned else 0
-    index = np.arange(goal_length + length) - (0 if config.reference_goal_mask else goal_length)
-    is_value = (index % config.spec.transition_dim == config.spec.transition_dim - 1) & (index >= 0)
-    return np.tri(goal_length + length, dtype=bool) & ~is_value
+    index = np.arange(-goal_length, length)
+    is_hidden = (index % config.spec.transition_dim == config.hidden_dim) & (index >= 0)
+    return np.tri(goal_length + length, dtype=bool) & ~is_hidden
 
 
-def _forward(params, tokens, config, goal, dropout_key):
-    length = tokens.shape[1]
-    if length > config.block_size:
-        raise ValueError(
-            f"{length} tokens are too long: max_transitions={config.max_transitions} allows {config.block_size}."
-        )
-    if (goal is not None) != config.goal_conditioned:
-        raise ValueError(
-            f"goal_conditioned={config.goal_conditioned}, but goal {'given' if goal is not None else 'missing'}."
-        )
-    dropout = _make_dropout(dropout_key, tokens.shape[0])
-    x = embed(params, tokens, np.arange(length) % config.spec.transition_dim, np.arange(length), config=config)
-    if goal is not None:
-        rows = goal + config.spec.num_bins * np.arange(config.spec.observation_dim)[None]
-        x = jnp.concatenate([jnp.asarray(params["goal_embedding"])[rows].astype(x.dtype), x], axis=1)
-    x = dropout(x, config.embedding_dropout, 0)
-    visible = visible_keys(config, length)[None, None]
-
-    def block(carry, layer):
-        x, index = carry
-        site = (_QUERY_BLOCKS + 2) * index + 1  # of dropout
-        query, key, value = qkv_heads(layer, x, config=config)  # [B, H, T, E / H]
-        mixed, weights = [], []
-        for number, rows in enumerate(np.array_split(np.arange(x.shape[1]), _QUERY_BLOCKS)):
-            if not rows.size:
-                continue
-            start, stop = rows[0], rows[-1] + 1  # later keys are hidden from these queries
-            scores = matmul(query[:, :, start:stop], key[:, :, :stop].swapaxes(-1, -2), config=config)
-            scores = jnp.where(visible[:, :, start:stop, :stop], scores.astype(jnp.float32), -jnp.inf)
-            part = jax.nn.softmax(scores, axis=-1)  # [B, H, T / 4, up to T]
-            weights.append(jnp.pad(part, [(0, 0), (0, 0), (0, 0), (0, x.shape[1] - stop)]))
-            part = dropout(part.astype(x.dtype), config.attention_dropout, site + number)
-            mixed.append(matmul(part, value[:, :, :stop], config=config))
-        mixed = project_heads(layer, jnp.concatenate(mixed, axis=2), config=config)
-        x = x + dropout(mixed, config.residual_dropout, site + _QUERY_BLOCKS)
-        x = x + dropout(mlp(layer, x, config=config), config.residual_dropout, site + _QUERY_BLOCKS + 1)
-        return (x, index + 1), jnp.concatenate(weights, axis=2)
-
-    # Unrolled, since a loop would copy what the backward pass needs into stacked arrays and back.
-    (x, _), weights = jax.lax.scan(block, (x, 0), params["blocks"], unroll=True)
-    return _all_logits(params, x[:, x.shape[1] - length :], config), weights
-
-
-def _all_logits(params, x, config):
-    dim, length = config.spec.transition_dim, x.shape[1]
-    x = jnp.pad(layer_norm(params["norm"], x.astype(jnp.float32)), [(0, 0), (0, -length % dim), (0, 0)])
-    x = x.reshape(x.shape[0], -1, dim, x.shape[-1])
-    logits = jnp.einsum("bkde,dev->bkdv", x, params["head"], precision=config.precision)
-    return logits.reshape(x.shape[0], -1, logits.shape[-1])[:, :length]
-
-
-# The parts of a block, shared by the pass over whole sequences above and by cached decoding. Activations are [..., E].
-
-
-def embed(
-    params: types.Params, tokens: chex.Array, dims: chex.Array, positions: chex.Array, *, config: TransformerConfig
-) -> chex.Array:
-    """Embed `tokens` [..., T] of the dimensions `dims` of their transitions at `positions` into [..., T, E]."""
-    spec = config.spec
-    offsets = jnp.broadcast_to(jnp.asarray(dims) * spec.num_bins, tokens.shape)
-    rows = jnp.where(tokens == spec.stop_token, spec.num_bins * spec.transition_dim, tokens + offsets)
-    position = jnp.asarray(params["position_embedding"])[positions]
-    position = position.reshape((1,) * (tokens.ndim + 1 - position.ndim) + position.shape)
-    return (jnp.asarray(params["token_embedding"])[rows] + position).astype(config.dtype)
-
-
-def matmul(a: chex.Array, b: chex.Array, *, config: TransformerConfig) -> chex.Array:
-    """Multiply matrices in the precision of the configuration."""
-    return jnp.matmul(a, b.astype(a.dtype), precision=config.precision)
-
-
-def linear(layer: types.Params, x: chex.Array, *, config: TransformerConfig) -> chex.Array:
-    """Apply an affine map to the last axis."""
-    flat = matmul(x.reshape(-1, x.shape[-1]), layer["kernel"], config=config) + layer["bias"].astype(x.dtype)[None]
-    return flat.reshape(*x.shape[:-1], -1)
-
-
-def layer_norm(layer: types.Params, x: chex.Array) -> chex.Array:
-    """Normalise the last axis in float32."""
-    x32 = x.astype(jnp.float32)
-    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
-    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
-    scaled = centered * jax.lax.rsqrt(variance + _LAYER_NORM_EPS) * layer["scale"].reshape(shape)
-    return (scaled + layer["bias"].reshape(shape)).astype(x.dtype)
-
-
-def qkv_heads(layer: types.Params, x: chex.Array, *, config: TransformerConfig) -> tuple[chex.Array, ...]:
-    """Return query (scaled by 1/sqrt(E/H)), key and value of [..., T, E], each [..., H, T, E / H]."""
-    heads = linear(layer["qkv"], layer_norm(layer["norm_1"], x), config=config)
-    heads = heads.reshape(*x.shape[:-1], 3, config.num_heads, -1)
-    query, key, value = jnp.moveaxis(heads, (-3, -2), (0, -3))
-    return query * query.shape[-1] ** -0.5, key, value
-
-
-def project_heads(layer: types.Params, mixed: chex.Array, *, config: TransformerConfig) -> chex.Array:
-    """Join the heads [..., H, T, E / H] of an attention's output and project them to [..., T, E]."""
-    mixed = jnp.moveaxis(mixed, -3, -2)
-    return linear(layer["projection"], mixed.reshape(*mixed.shape[:-2], -1), config=config)
-
-
-def mlp(layer: types.Params, x: chex.Array, *, config: TransformerConfig) -> chex.Array:
-    """Apply the second half of a block without its residual connection."""
-    hidden = linear(layer["mlp_in"], layer_norm(layer["norm_2"], x), config=config)
-    return linear(layer["mlp_out"], _gelu(hidden), config=config)
-
-
-def _gelu(x):
-    """Exact GELU by erf, as PyTorch computes it; `jax.nn.gelu` takes erfc, which costs several times as much on CPU."""
-    return x * (0.5 + 0.5 * jax.lax.erf(x * np.float32(0.5**0.5).astype(x.dtype)))
-
-
-def _make_dropout(rng_key: Any, num_rows: int):
-    """Return dropout(x [B, ...], rate, site); without a key it is the identity.
+def make_dropout(rng_key: chex.PRNGKey | None, num_rows: int) -> DropoutFn:
+    """Return dropout(x [B, ...], rate), each call of which draws other bits; without a key it is the identity.
 
     Every row's bits come from that row's key, so they do not depend on how rows are spread over devices. They are
     drawn packed, one byte each: the rate is rounded to a multiple of 1/256 and the scale follows the rounded rate.
     """
     if rng_key is None:
-        return lambda x, rate, site: x
+        return lambda x, rate: x
     row_keys = rng_key if rng_key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(num_rows))
+    sites = itertools.count()
 
-    def dropout(x, rate, site):
-        dropped = round(256 * rate)
+    def dropout(x, rate):
+        site, dropped = next(sites), round(256 * rate)
         if dropped == 0:
             return x
         size = x[0].size
@@ -340,106 +346,29 @@ def _make_dropout(rng_key: Any, num_rows: int):
     return dropout
 
 
-# Cached decoding. Tokens stand in a tree: [B, W, K, T] are T tokens that follow each other in each of K candidates of
-# each of W beams of B environments, and what they attend to is held once where it is shared.
-
-
-@chex.dataclass(frozen=True)
-class KeysValues:
-    """Keys and values of S tokens in every layer; `[...]` is [B], [B, W] or [B, W, K], whoever shares them."""
-
-    keys: tuple[chex.Array, ...]  # per layer [..., H, E / H, S]
-    values: tuple[chex.Array, ...]  # per layer [..., H, S, E / H]
-
-
-def empty_cache(shape: tuple[int, ...], length: int, *, config: TransformerConfig) -> KeysValues:
-    """Make room for `length` tokens in each of `shape`, [B], [B, W] or [B, W, K]."""
-    heads, width = config.num_heads, config.embed_dim // config.num_heads
-    return KeysValues(
-        keys=(jnp.zeros([*shape, heads, width, length], config.dtype),) * config.num_layers,
-        values=(jnp.zeros([*shape, heads, length, width], config.dtype),) * config.num_layers,
-    )
-
-
-def write_cache(cache: KeysValues, new: KeysValues, start: chex.Array) -> KeysValues:
-    """Overwrite the keys and values from place `start` on."""
-    update = jax.lax.dynamic_update_slice_in_dim
-    return KeysValues(
-        keys=tuple(update(old, key, start, axis=-1) for old, key in zip(cache.keys, new.keys, strict=True)),
-        values=tuple(update(old, value, start, axis=-2) for old, value in zip(cache.values, new.values, strict=True)),
-    )
-
-
-def decode(
-    params: types.Params,
-    tokens: chex.Array,
-    dims: chex.Array,
-    positions: chex.Array,
-    past: list[tuple[KeysValues, chex.Array]],
-    *,
-    config: TransformerConfig,
-    visible: chex.Array,
-    own: KeysValues | None = None,
-    start: chex.Numeric = 0,
-) -> tuple[chex.Array, KeysValues]:
-    """Run `tokens` [B, W, K, T] after a past that is cached; return their output [B, W, K, T, E] and keys and values.
-
-    `dims` [T] are their dimensions within a transition, `positions` [B, 1, 1, T] their places in the window. `past`
-    lists segments of the past, each with the number of its tokens that count, [] or [B]. The keys and values are
-    written into those of `own` [B * W * K] from place `start` on, if it is given, and returned with it; `visible`
-    [B or 1, T, S] tells which of the S places there (columns) each of the tokens (rows) sees. The output is before the
-    final norm, for `next_logits`; where it is not used, the compiler drops the last layer but for its keys and values.
-    """
-    x = embed(params, tokens, dims, positions, config=config)
-    past = [(segment, count) for segment, count in past if segment.values[0].shape[-2]]
-    masks = [visible[:, None, None, None]]  # [B, 1, 1, 1, T, S], aligned with the scores [B, W, K, H, T, S]
-    for segment, count in past:
-        mask = jnp.arange(segment.values[0].shape[-2])[None] < jnp.reshape(count, [-1, 1])
-        masks.append(mask[:, None, None, None, None])
-    keys, values = [], []
-    for index in range(config.num_layers):
-        layer = jax.tree.map(operator.itemgetter(index), params["blocks"])
-        query, key, value = qkv_heads(layer, x, config=config)  # [B, W, K, H, T, E / H]
-        new = KeysValues(keys=(key.swapaxes(-1, -2),), values=(value,))
-        if own is not None:  # written as the product reads it, or else a loop copies the whole at every token
-            new = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), new)
-            new = write_cache(KeysValues(keys=(own.keys[index],), values=(own.values[index],)), new, start)
-        keys += new.keys
-        values += new.values
-        shared = [(keys[-1], values[-1])] + [(segment.keys[index], segment.values[index]) for segment, _ in past]
-        scores = [
-            jnp.where(mask, _tree_matmul(query, key, config).astype(jnp.float32), -jnp.inf)
-            for mask, (key, _) in zip(masks, shared, strict=True)
-        ]
-        largest = functools.reduce(jnp.maximum, [jnp.max(score, axis=-1, keepdims=True) for score in scores])
-        parts = [jnp.exp(score - largest) for score in scores]  # one softmax over all segments, normalised at the end
-        total = sum(jnp.sum(part, axis=-1, keepdims=True) for part in parts)
-        mixed = sum(
-            _tree_matmul(part.astype(x.dtype), value, config) for part, (_, value) in zip(parts, shared, strict=True)
+def _check_input(tokens, goal, config):
+    length = tokens.shape[1]
+    if length > config.block_size:
+        raise ValueError(
+            f"{length} tokens are too long: max_transitions={config.max_transitions} allows {config.block_size}."
         )
-        x = x + project_heads(layer, mixed / total.astype(x.dtype), config=config)
-        x = x + mlp(layer, x, config=config)
-    return x, KeysValues(keys=tuple(keys), values=tuple(values))
+    if (goal is not None) != config.goal_conditioned:
+        raise ValueError(
+            f"goal_conditioned={config.goal_conditioned}, but goal {'given' if goal is not None else 'missing'}."
+        )
 
 
-def next_logits(params: types.Params, x: chex.Array, dim: chex.Array, *, config: TransformerConfig) -> chex.Array:
-    """Turn the output [..., E] of tokens of dimension `dim` into float32 logits [..., V + 1] of the next token."""
-    head = jax.lax.dynamic_index_in_dim(params["head"], dim, keepdims=False)
-    return matmul(layer_norm(params["norm"], x.astype(jnp.float32)), head, config=config)
-
-
-def _tree_matmul(a: chex.Array, b: chex.Array, config: TransformerConfig) -> chex.Array:
-    """Multiply a [B, W, K, H, T, m] by b [B(, W(, K)), H, m, n] into [B, W, K, H, T, n], reading shared parts once.
-
-    If nothing is shared, b may also be [B * W * K, H, m, n].
-    """
-    if b.ndim == 4 and len(b) == math.prod(a.shape[:3]):
-        return matmul(a.reshape(-1, *a.shape[3:]), b, config=config).reshape(*a.shape[:-1], -1)
-    num_own = a.ndim - b.ndim  # tree axes of `a` that `b` lacks: they become rows of one product
-    if num_own:
-        own = tuple(range(3 - num_own, 3))
-        grouped = jnp.moveaxis(a, own, tuple(range(4 - num_own, 4)))  # [B(, W), H, (W,) K, T, m]
-        rows = grouped.reshape(*grouped.shape[: 4 - num_own], -1, a.shape[-1])
-        product = matmul(rows, b, config=config).reshape(*grouped.shape[:-1], -1)
-        return jnp.moveaxis(product, tuple(range(4 - num_own, 4)), own)
-    return matmul(a, b, config=config)
+def _attend_causally(query, key, value, *, visible, dropout_fn, config):
+    """Attend within sequences; return the mixed values [B, H, T, E / H] and the weights [B, H, T, T]."""
+    mixed, weights = [], []
+    for rows in np.array_split(np.arange(query.shape[2]), _QUERY_BLOCKS):
+        if not rows.size:
+            continue
+        start, stop = rows[0], rows[-1] + 1  # later keys are hidden from these queries
+        scores = matmul(query[:, :, start:stop], key[:, :, :stop].swapaxes(-1, -2), config)
+        scores = jnp.where(visible[None, None, start:stop, :stop], scores.astype(jnp.float32), -jnp.inf)
+        part = jax.nn.softmax(scores, axis=-1)  # [B, H, T / 4, up to T]
+        weights.append(jnp.pad(part, [(0, 0), (0, 0), (0, 0), (0, query.shape[2] - stop)]))
+        part = dropout_fn(part.astype(query.dtype), config.attention_dropout)
+        mixed.append(matmul(part, value[:, :, :stop], config))
+    return jnp.concatenate(mixed, axis=2), jnp.concatenate(weights, axis=2)
