@@ -77,6 +77,32 @@ def test_a_state_of_namedtuples_is_rebuilt_in_the_template(tmp_path):
         checkpoints.restore(tmp_path, state_template=optimizer.init(wider))
 
 
+def test_networks_of_version_0_1_come_back_under_today_s_names(tmp_path):
+    def array(*shape):
+        return np.random.default_rng(shape).normal(size=shape).astype(np.float32)
+
+    kernels, dense = array(2, 4, 12), {"kernel": array(3, 4), "bias": array(4)}
+    old = {
+        "blocks": {"qkv": {"kernel": kernels}},
+        "head": array(6, 4, 7),
+        "token_embedding": array(31, 4),
+        "actor": {"dense_0": dense, "log_std": array(1)},
+        "value": {"dense_0": dense},
+    }
+    today = {
+        "blocks_0": {"qkv": {"kernel": kernels[0]}},
+        "blocks_1": {"qkv": {"kernel": kernels[1]}},
+        "head": {"kernel": array(6, 4, 7)},
+        "token_embedding": {"embedding": array(31, 4)},
+        "actor": {"mlp": {"Dense_0": dense}, "log_std": array(1)},
+        "value": {"Dense_0": dense},
+    }
+    _save(tmp_path, params=old, state=optax.scale_by_adam().init(old)._replace(nu=old))
+    restored = checkpoints.restore(tmp_path, state_template=optax.scale_by_adam().init(today))
+    chex.assert_trees_all_equal(restored.params, today)
+    chex.assert_trees_all_equal(restored.state.nu, today)
+
+
 def test_the_newest_are_kept_and_each_can_be_restored(tmp_path):
     with checkpoints.Writer(tmp_path, keep=2) as writer:
         for step in (10, 20, 30):

@@ -30,10 +30,10 @@ def golden_network(prefix, num_layers, *, actor=False):
     def dense(path):
         return {name: GOLDEN[f"{prefix}/{path}/{name}"] for name in ("kernel", "bias")}
 
-    network = {f"dense_{i}": dense(f"MLP_0/Dense_{i}") for i in range(num_layers - actor)}
-    if actor:
-        network |= {f"dense_{num_layers - 1}": dense("Dense_0"), "log_std": GOLDEN[f"{prefix}/log_stds"]}
-    return network
+    mlp = {f"Dense_{i}": dense(f"MLP_0/Dense_{i}") for i in range(num_layers - actor)}
+    if not actor:
+        return mlp
+    return {"mlp": mlp | {f"Dense_{num_layers - 1}": dense("Dense_0")}, "log_std": GOLDEN[f"{prefix}/log_stds"]}
 
 
 def golden_params(prefix):
@@ -171,7 +171,7 @@ def test_initial_matrices_are_orthogonal_with_gain_sqrt_2_and_the_target_is_a_co
             continue
         short = leaf if leaf.shape[0] >= leaf.shape[1] else leaf.T
         np.testing.assert_allclose(short.T @ short, 2 * np.eye(short.shape[1]), atol=1e-5)
-    last = critic["dense_2"]["kernel"]
+    last = critic["Dense_2"]["kernel"]
     np.testing.assert_allclose(np.sum(last**2, axis=(1, 2)), [2, 2], rtol=1e-5)
     assert np.abs(last[0] - last[1]).max() > 0.1
     jax.tree.map(np.testing.assert_array_equal, critic, state.params["target_critic"])
@@ -189,7 +189,7 @@ def test_evaluation_takes_the_mean_action_clipped():
 def test_sampled_actions_have_the_policy_s_moments_and_stay_in_the_box():
     params = golden_state().params
     params["actor"]["log_std"] = jnp.log(jnp.array([0.02, 0.4]))
-    params["actor"]["dense_2"]["kernel"] *= 0.1  # keeps the mean away from the bounds
+    params["actor"]["mlp"]["Dense_2"]["kernel"] *= 0.1  # keeps the mean away from the bounds
     observation = golden_batch(0).observations[:1]
     mean, std = iql.policy(params, observation)
     draws = iql.sample_action(params, jax.random.key(1), jnp.repeat(observation, 20_000, axis=0), temperature=0.5)
@@ -410,7 +410,7 @@ def test_dropout_changes_the_actor_s_update_alone():
         states[rate] = update(init(jax.random.key(1), config=CONFIG), batch, config=config)[0].params
     for name in ("critic", "value", "target_critic"):
         jax.tree.map(np.testing.assert_array_equal, states[0.0][name], states[0.5][name])
-    kernels = [params["actor"]["dense_1"]["kernel"] for params in states.values()]
+    kernels = [params["actor"]["mlp"]["Dense_1"]["kernel"] for params in states.values()]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import re
 import zlib
 from typing import Any
 
@@ -127,6 +128,7 @@ def restore(workdir, step=None, *, state_template=None) -> Checkpoint:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ValueError(_damaged(directory / str(step), f"the checksum of {name!r} is wrong"))
+    arrays = _rename_networks(arrays)
 
     tokenizer = None
     if settings["tokenizer"]:
@@ -190,6 +192,19 @@ def _named_leaves(tree):
 
 def _path_name(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _rename_networks(arrays):
+    """Give the networks of checkpoints of version 0.1, and their optimizers' moments, today's names."""
+    renamed = {}
+    for name, array in arrays.items():
+        name = re.sub("/((token|position|goal)_embedding)$", r"/\1/embedding", name)
+        name = re.sub("/head$", "/head/kernel", name)
+        name = re.sub(r"/dense_(\d+)/", r"/mlp/Dense_\1/" if "/actor/" in name else r"/Dense_\1/", name)
+        before, stacked, after = name.partition("/blocks/")
+        parts = {f"{before}/blocks_{i}/{after}": part for i, part in enumerate(array)} if stacked else {name: array}
+        renamed |= parts
+    return renamed
 
 
 def _subtree(arrays, name):

@@ -3,8 +3,8 @@
 Twin critics Q, a value V fitted to an upper expectile of Q over the data's actions, a target critic that follows Q, and
 a Gaussian policy by advantage-weighted regression. Parameters are a nested dict of arrays
 
-    actor, value                  networks; the actor also holds log_std, which does not depend on the observation
-    critic, target_critic         networks whose leaves are stacked over the two critics
+    actor, value                  those of a `Policy` and of an `MLP`
+    critic, target_critic         those of `Critics`, whose leaves are stacked over the two critics
     units                         mean and deviation of the observations, scale and shift of the rewards
 
 so that they bring their units along: every function here takes observations and rewards as the environment gives them.
@@ -13,13 +13,13 @@ Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
 
 import dataclasses
 import functools
-import math
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from tt_jax import types
 
@@ -76,13 +76,11 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
     """
     actor_key, critic_key, value_key, dropout_key = jax.random.split(rng_key, 4)
     observation_dim, action_dim, hidden = config.observation_dim, config.action_dim, config.hidden_dims
-    critic_sizes = (observation_dim + action_dim, *hidden, 1)
-    critic = jax.vmap(functools.partial(_init_network, sizes=critic_sizes))(jax.random.split(critic_key))
-    actor = _init_network(actor_key, sizes=(observation_dim, *hidden, action_dim))
+    observation = jnp.zeros([1, observation_dim])
     networks = {
-        "actor": {**actor, "log_std": jnp.zeros([action_dim])},
-        "critic": critic,
-        "value": _init_network(value_key, sizes=(observation_dim, *hidden, 1)),
+        "actor": Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
+        "critic": Critics((*hidden, 1)).init(critic_key, jnp.zeros([2, 1, observation_dim + action_dim]))["params"],
+        "value": MLP((*hidden, 1)).init(value_key, observation)["params"],
     }
     units = _raw_units(observation_dim) if units is None else units
     if np.shape(units["observation_mean"]) != (observation_dim,):
@@ -93,7 +91,7 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
     return IQLState(
         params={
             **networks,
-            "target_critic": jax.tree.map(jnp.copy, critic),
+            "target_critic": jax.tree.map(jnp.copy, networks["critic"]),
             "units": {name: jnp.asarray(value, jnp.float32) for name, value in units.items()},
         },
         opt_state={name: optax.scale_by_adam().init(network) for name, network in networks.items()},
@@ -120,18 +118,18 @@ def update(
     descend = functools.partial(_descend, state=state, axis_name=axis_name)
 
     def value_loss(value):
-        v = _network(value, observations)[:, 0]
+        v = _value(value, observations)
         return jnp.mean(expectile_loss(target_q - v, expectile=config.expectile)), {"v": jnp.mean(v)}
 
     value, value_opt, value_metrics = descend("value", value_loss, config.learning_rate)
-    v, next_v = _network(value, both_observations)[..., 0]  # of the new V
+    v, next_v = _value(value, both_observations)  # of the new V
     advantage = target_q - v
     weights = jnp.minimum(jnp.exp(config.temperature * advantage), _MAX_WEIGHT)
     q_goal = rewards + config.discount * batch.not_terminal * next_v
 
     def actor_loss(actor):
         dropout_fn = _dropout_fn(state, len(actions), config, axis_name) if config.actor_dropout else None
-        log_prob = _log_prob(actor, observations, actions, dropout_fn=dropout_fn)
+        log_prob = _log_prob(actor, observations, actions, dropout_fn)
         return -jnp.mean(weights * log_prob), {"advantage": jnp.mean(advantage)}
 
     def critic_loss(critic):
@@ -157,7 +155,7 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
     In the transformed reward's units; IQL's estimate is the minimum, `.min(axis=0)`. To evaluate the target critic
     pass `params | {"critic": params["target_critic"]}`. Raises ValueError if the last axes are not those trained on.
     """
-    _check_size("observation", observation, params["actor"]["dense_0"]["kernel"].shape[-2])
+    _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
     _check_size("action", action, params["actor"]["log_std"].shape[-1])
     leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
     observation = jnp.broadcast_to(_standardize(params, observation), (*leading, observation.shape[-1]))
@@ -166,13 +164,13 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
 
 def values(params: types.Params, observation: chex.Array) -> chex.Array:
     """Return V [...] at observation [..., N], in the transformed reward's units; raises ValueError as `q_values`."""
-    _check_size("observation", observation, params["value"]["dense_0"]["kernel"].shape[-2])
-    return _network(params["value"], _standardize(params, observation))[..., 0]
+    _check_size("observation", observation, params["value"]["Dense_0"]["kernel"].shape[-2])
+    return _value(params["value"], _standardize(params, observation))
 
 
 def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Return the mean [..., A] of the actions at observation [..., N], within +-1, and their deviation [A]."""
-    _check_size("observation", observation, params["actor"]["dense_0"]["kernel"].shape[-2])
+    _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
     return _policy(params["actor"], _standardize(params, observation))
 
 
@@ -252,34 +250,17 @@ def episode_returns(transitions: types.Transitions) -> np.ndarray:
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
 
 
-# Networks: {"dense_0": {"kernel": [in, out], "bias": [out]}, "dense_1": ..., ...}
+# Networks
 
 
-def _init_network(rng_key, *, sizes):
-    initializer = jax.nn.initializers.orthogonal(math.sqrt(2))
-    keys = jax.random.split(rng_key, len(sizes) - 1)
-    return {
-        f"dense_{i}": {"kernel": initializer(key, shape, jnp.float32), "bias": jnp.zeros(shape[1:])}
-        for i, (key, *shape) in enumerate(zip(keys, sizes[:-1], sizes[1:], strict=True))
-    }
-
-
-def _network(network, inputs, *, dropout_fn=None):
-    """Apply a network to inputs [..., in], with ReLU after all layers but the last."""
-    x = inputs.reshape(-1, inputs.shape[-1])
-    last = sum(name.startswith("dense") for name in network) - 1
-    for i in range(last + 1):
-        layer = network[f"dense_{i}"]
-        x = _product(x, layer["kernel"]) + layer["bias"][None]
-        if i < last:
-            x = jax.nn.relu(x)
-            x = dropout_fn(x, i) if dropout_fn else x
-    return x.reshape(*inputs.shape[:-1], -1)
+def _dot_general(x, kernel, dimension_numbers, precision):
+    """Multiply as `nn.Dense` does, [..., in] by [in, out]."""
+    del dimension_numbers, precision
+    return _product(x, kernel)
 
 
 @jax.custom_vjp
 def _product(x, kernel):
-    """Multiply x [n, in] by kernel [in, out]."""
     return jnp.matmul(x, kernel, precision=_PRECISION)
 
 
@@ -290,27 +271,67 @@ def _product_forward(x, kernel):
 def _product_backward(saved, dy):
     x, kernel = saved
     # [in, out] at once: the product that JAX derives is [out, in], which under vmap costs copies, 15% of an update.
-    dot = functools.partial(jax.lax.dot_general, precision=_PRECISION)
-    dkernel = dot(x, dy, dimension_numbers=(((0,), (0,)), ((), ())))
-    return dot(dy, kernel, dimension_numbers=(((1,), (1,)), ((), ()))), dkernel
+    dot, leading = functools.partial(jax.lax.dot_general, precision=_PRECISION), tuple(range(x.ndim - 1))
+    dkernel = dot(x, dy, dimension_numbers=((leading, leading), ((), ())))
+    return dot(dy, kernel, dimension_numbers=(((dy.ndim - 1,), (1,)), ((), ()))), dkernel
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
+class MLP(nn.Module):
+    """Dense layers, with ReLU after all but the last; `sizes` are their units."""
+
+    sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, dropout_fn=None):
+        """Map x [..., in] to [..., sizes[-1]]; `dropout_fn(hidden, layer)` is applied to each hidden layer."""
+        for layer, size in enumerate(self.sizes):
+            x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dot_general=_dot_general)(x)
+            if layer < len(self.sizes) - 1:
+                x = nn.relu(x)
+                x = dropout_fn(x, layer) if dropout_fn else x
+        return x
+
+
+class Policy(nn.Module):
+    """A Gaussian whose mean is within +-1 and whose deviation does not depend on the observation."""
+
+    sizes: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations, dropout_fn=None):
+        """Return the mean [..., A] and the deviation [A] at observations [..., N]."""
+        mean = jnp.tanh(MLP(self.sizes, name="mlp")(observations, dropout_fn))
+        log_std = self.param("log_std", nn.initializers.zeros, self.sizes[-1:])
+        return mean, jnp.exp(jnp.clip(log_std, _LOG_STD_MIN, _LOG_STD_MAX))
+
+
+Critics = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=2)  # [2, ...] both ways
+
+
+def _sizes(mlp):
+    """Return the units of each layer of an MLP with the parameters `mlp`."""
+    return tuple(mlp[f"Dense_{i}"]["bias"].shape[-1] for i in range(len(mlp)))
+
+
+def _value(value, observations):
+    return MLP(_sizes(value)).apply({"params": value}, observations)[..., 0]
+
+
 def _critics(critic, observations, actions):
     inputs = jnp.concatenate([observations, actions], axis=-1)
     inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
-    return jax.vmap(_network)(critic, inputs)[..., 0]  # [2, ...]
+    return Critics(_sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
 
 
-def _policy(actor, observations, *, dropout_fn=None):
-    log_std = jnp.clip(actor["log_std"], _LOG_STD_MIN, _LOG_STD_MAX)
-    return jnp.tanh(_network(actor, observations, dropout_fn=dropout_fn)), jnp.exp(log_std)
+def _policy(actor, observations, dropout_fn=None):
+    return Policy(_sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
 
 
-def _log_prob(actor, observations, actions, *, dropout_fn=None):
-    mean, std = _policy(actor, observations, dropout_fn=dropout_fn)
+def _log_prob(actor, observations, actions, dropout_fn):
+    mean, std = _policy(actor, observations, dropout_fn)
     std = jnp.broadcast_to(std, mean.shape)
     return jnp.sum(jax.scipy.stats.norm.logpdf(actions, mean, std), axis=-1)
 
