@@ -92,7 +92,7 @@ class Writer:
 
 
 def save(workdir, *, step, params, config, tokenizer, state=None, run=None, keep=3):
-    """Save one checkpoint and wait until it is complete; the arguments are those of `Writer.save`."""
+    """Save one checkpoint and wait until it is complete; arguments and errors are those of `Writer.save`."""
     newest = latest_step(workdir)
     if newest is not None and step <= newest:
         raise ValueError(f"{_directory(workdir)} already holds step {newest}; save a later one or use a new workdir.")

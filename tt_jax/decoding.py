@@ -29,7 +29,7 @@ Cache = tuple[KeysValues, ...]  # one per layer
 
 
 def empty_cache(shape: tuple[int, ...], length: int, *, config: transformer.TransformerConfig) -> Cache:
-    """Make room for `length` tokens in each of `shape`, [B], [B, W] or [B, W, K]."""
+    """Make room, zeros of the model's dtype, for `length` tokens in each of `shape`, (B,), (B, W) or (B, W, K)."""
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     layer = KeysValues(
         keys=jnp.zeros([*shape, heads, width, length], config.dtype),
@@ -39,7 +39,7 @@ def empty_cache(shape: tuple[int, ...], length: int, *, config: transformer.Tran
 
 
 def write_cache(cache: Cache, new: Cache, start: chex.Numeric) -> Cache:
-    """Overwrite the keys and values of a cache from place `start` on; the leading axes of both are the same."""
+    """Overwrite the keys and values of a cache from place `start` on by those in `new`, with the same leading axes."""
     return tuple(_write_layer(old, layer, start) for old, layer in zip(cache, new, strict=True))
 
 

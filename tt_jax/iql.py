@@ -37,14 +37,14 @@ class IQLConfig:
     action_dim: int  # A
     hidden_dims: tuple[int, ...] = (256, 256)
     expectile: float = 0.7  # 0.9 in ant mazes
-    temperature: float = 3.0  # of exp(temperature * advantage); 10 in ant mazes
+    temperature: float = 3.0  # of exp(temperature * advantage); 10 in ant mazes, 0: behaviour cloning
     discount: float = 0.99
     tau: float = 0.005  # how far the target critic moves per update
     learning_rate: float = 3e-4
     actor_cosine_steps: int = 0  # the actor's rate falls to 0 over so many updates; 0: constant
     actor_dropout: float = 0.0  # after each hidden layer of the actor, in its update only
     normalize_observations: bool = False
-    reward_units: str = "return_range"  # see `fit_units`; "minus_one" in ant mazes
+    reward_units: str = "return_range"  # times 1000 / (best - worst return); "minus_one" in ant mazes; "raw"
 
     def __post_init__(self):
         if self.observation_dim < 1 or self.action_dim < 1 or not self.hidden_dims or min(self.hidden_dims) < 1:
@@ -72,7 +72,8 @@ class IQLState:
 def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None = None) -> IQLState:
     """Return the state before the first update: orthogonal matrices with gain sqrt(2), outputs included, biases 0.
 
-    `units` come from `fit_units`; without them observations and rewards are left as they are.
+    `units` come from `fit_units`; without them observations and rewards are left as they are. All arrays are float32.
+    Raises ValueError if the units are of another observation size.
     """
     actor_key, critic_key, value_key, dropout_key = jax.random.split(rng_key, 4)
     observation_dim, action_dim, hidden = config.observation_dim, config.action_dim, config.hidden_dims
@@ -105,9 +106,9 @@ def update(
 ) -> tuple[IQLState, dict[str, chex.Array]]:
     """Do one step of V, then of the policy and of Q with the new V, then move the target critic (algorithm 1).
 
-    `batch` is the device's equal share of the global batch if `axis_name` is given. The metrics are means over the
-    global batch: the losses, V and the critics before their steps, the advantage by the new V. Raises ValueError if
-    the shapes of the batch do not suit the configuration.
+    `batch` is [B], in the environment's units; the device's equal share of the global batch if `axis_name` is given.
+    The metrics are means over the global batch, [] float32: value_loss, actor_loss, critic_loss, v, q1 and q2 before
+    their steps, advantage by the new V. Raises ValueError if the shapes of the batch do not suit the configuration.
     """
     _check_batch(batch, config)
     params, actions = state.params, batch.actions
@@ -192,20 +193,21 @@ def sample_action(
 
 
 def actor_learning_rate(step: chex.Numeric, *, config: IQLConfig) -> chex.Array:
-    """Return the actor's rate after `step` updates: constant, or a cosine that is 0 from actor_cosine_steps on."""
+    """Return the actor's rate [] after `step` updates: constant, or a cosine that is 0 from actor_cosine_steps on."""
     if not config.actor_cosine_steps:
         return jnp.float32(config.learning_rate)
     return optax.cosine_decay_schedule(config.learning_rate, config.actor_cosine_steps)(step)
 
 
 def expectile_loss(difference: chex.Array, *, expectile: float) -> chex.Array:
-    """Square `difference`, times `expectile` where it is positive and 1 - expectile elsewhere (equation 5)."""
+    """Square `difference` [...], times `expectile` where it is positive and 1 - expectile elsewhere (equation 5)."""
     return jnp.where(difference > 0, expectile, 1 - expectile) * difference**2
 
 
 def fit_units(transitions: types.Transitions, *, config: IQLConfig) -> types.Params:
-    """Measure on the whole dataset, in numpy, the units in which the networks work, as the configuration says.
+    """Measure on the whole dataset [n], in numpy, the units in which the networks work, as the configuration says.
 
+    Returns observation_mean and observation_std [N], reward_scale and reward_shift [], all float32.
     Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
     "raw"; "minus_one", 1 less per step; "return_range", multiplied by 1000 / (largest - smallest return), with the
     episodes told apart as in the reference (see `episode_ends`), so the rows must be in the order they were made.
@@ -231,7 +233,7 @@ def fit_units(transitions: types.Transitions, *, config: IQLConfig) -> types.Par
 
 
 def transform_rewards(params: types.Params, rewards: chex.Array) -> chex.Array:
-    """Bring rewards of the environment to the units of Q and V."""
+    """Bring rewards [...] of the environment to the units of Q and V."""
     units = params["units"]
     return rewards * units["reward_scale"] + units["reward_shift"]
 

@@ -29,7 +29,10 @@ class _Beams(NamedTuple):
 
 
 def score_by_value(discount: float) -> Callable[..., chex.Array]:
-    """Return the score_fn of the paper: rewards so far, this step's, and the predicted return after it."""
+    """Return the score_fn of the paper: rewards so far, this step's, and the predicted return after it.
+
+    It maps the returns [B, W] float32 and a Proposal to [B, W, K] float32; `discount` is per step, in [0, 1].
+    """
 
     def score_fn(params, returns, proposal, step):
         del params
@@ -41,8 +44,8 @@ def score_by_value(discount: float) -> Callable[..., chex.Array]:
 def score_by_q(q_fn: Callable[..., chex.Array], *, discount: float) -> Callable[..., chex.Array]:
     """Return the score_fn of a search that a Q-function guides: rewards before this step, and Q of this step.
 
-    `q_fn(params, observation [B, W, 1, N], action [B, W, K, A]) -> [B, W, K]`. Q contains this step's reward, so the
-    predicted one is not counted. The caller keeps the rewards of the proposals in Q's units.
+    `q_fn(params, observation [B, W, 1, N], action [B, W, K, A]) -> [B, W, K]`, all float32. Q contains
+    this step's reward, so the predicted one is not counted. The caller keeps the proposals' rewards in Q's units.
     """
 
     def score_fn(params, returns, proposal, step):
@@ -73,6 +76,7 @@ def beam_plan(
     `score_fn(params, returns [B, W], proposal, step) -> [B, W, K]` go on, the lower index first among equals; the
     default is `score_by_value(discount)`. `returns` are the rewards before this step, discounted per step in [0, 1].
     A beam whose episode has ended contributes one candidate, which keeps its return, and gets no further reward.
+    Raises ValueError for a number below 1, or more elites than beams.
     """
     if horizon < 1 or beam_width < 1 or num_expand < 1:
         raise ValueError(

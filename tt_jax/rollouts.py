@@ -34,6 +34,7 @@ class Episode:
 
     @property
     def length(self) -> int:
+        """The number of steps so far."""
         return len(self.actions)
 
     @property
@@ -66,6 +67,7 @@ def run(
 ) -> list[Episode]:
     """Play one episode per seed in `envs` (from `vectorize`) and return them in the order of `seeds`.
 
+    `policy(episodes) -> actions [b, n, A]` gives the next n >= 1 actions of each of b running episodes.
     `config` says how observations are flattened, as for the data; the rest of it is not used here.
     A slot whose episode ends takes the next seed, so every seed is played to its end exactly once and short episodes
     do not bias the mean. Actions are clipped to the action space before they are executed and recorded. The policy
@@ -174,7 +176,7 @@ def encode_context(
     spec: types.TransitionSpec,
     context_transitions: int,
 ) -> types.Context:
-    """Encode the last `context_transitions` transitions of each episode.
+    """Encode the last C = `context_transitions` transitions of each of B episodes: tokens [B, C, D], length [B].
 
     Values and thresholds are compared in float32, as the planner compares the current observation: a value that equals
     a threshold keeps its bin, whether the data was recorded in float32 or in float64. The value of a past transition is
@@ -213,7 +215,7 @@ def check_spaces(
 
 
 def normalized_scores(returns: np.ndarray, dataset: minari.MinariDataset) -> np.ndarray | None:
-    """Scale returns to percent of the dataset's reference scores; None if it has none."""
+    """Scale returns [n] to percent of the dataset's reference scores, float64 [n]; None if it has none."""
     try:
         return 100.0 * minari.get_normalized_score(dataset, np.asarray(returns))
     except ValueError:

@@ -12,13 +12,13 @@ _FLOOR = -1000.0  # of a filtered logit: no probability left in float32, and sti
 class Filters(NamedTuple):
     """Which tokens of one kind may be drawn, as `filter_logits` applies it; by default all."""
 
-    cdf: float = 0.0
-    top_k: int = 0
-    central: float = 1.0
+    cdf: float = 0.0  # in [0, 1], see `filter_cdf`; 0: off
+    top_k: int = 0  # see `filter_top_k`; 0: off
+    central: float = 1.0  # in [0, 1], see `filter_central`; 1: off
 
 
 def filter_logits(logits: chex.Array, filters: Filters) -> chex.Array:
-    """Apply the filters that are switched on, one after the other; the order of the first two is the reference's."""
+    """Apply the filters that are on to logits [..., V + 1] in turn, the first two in the order of the reference."""
     if filters.cdf:
         logits = filter_cdf(logits, filters.cdf)
     if filters.top_k:
@@ -29,6 +29,7 @@ def filter_logits(logits: chex.Array, filters: Filters) -> chex.Array:
 def filter_cdf(logits: chex.Array, threshold: float) -> chex.Array:
     """Floor the least likely tokens at -1000: in ascending order, while their joint mass is below `threshold`.
 
+    Takes and returns logits [..., V + 1] of one dtype; the threshold is in [0, 1].
     As in the PyTorch reference the least likely token always goes and so do ties with the last token that goes; what
     is kept has more than 1 - threshold of the mass. One mend: the most likely tokens stay when all are tied.
     """
@@ -43,6 +44,7 @@ def filter_cdf(logits: chex.Array, threshold: float) -> chex.Array:
 def filter_central(logits: chex.Array, share: float) -> chex.Array:
     """Keep the central `share` of the mass of ordered tokens and return its logarithm: 1 keeps all, 0 the median alone.
 
+    Takes logits [..., V + 1] of any offset and returns normalised ones of the same dtype; the share is in [0, 1].
     A token at an edge keeps the part of its mass that lies inside; minus infinity is outside. Unlike the likeliest
     token, which in bins of equal counts is the value that is unusually likely, the median does not depend on the bins.
     """
@@ -55,7 +57,7 @@ def filter_central(logits: chex.Array, share: float) -> chex.Array:
 
 
 def filter_top_k(logits: chex.Array, k: int) -> chex.Array:
-    """Set all logits below the k-th largest to minus infinity; ties with it stay."""
+    """Set all logits [..., V + 1] below the k-th largest to minus infinity; ties with it stay. 1 <= k <= V + 1."""
     kth = jax.lax.top_k(logits, k)[0][..., -1:]
     return jnp.where(logits < kth, -jnp.inf, logits)
 

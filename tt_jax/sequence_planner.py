@@ -26,13 +26,13 @@ class PlanConfig:
     replan_every: int = 1  # environment steps to execute from a plan
     context_transitions: int = 5  # C, past transitions to remember
     window: tuple[int, int] = (5, 4)  # (max, keep): with max whole transitions the oldest go until keep are left
-    discount: float = 0.99
-    temperature: float = 1.0
-    action_cdf: float = 0.6  # thresholds of `sampling.filter_cdf`, 0: no filter
-    action_top_k: int = 0  # of `sampling.filter_top_k`, 0: no filter
-    action_central: float = 1.0  # of `sampling.filter_central`, 1: no filter
+    discount: float = 0.99  # of rewards, per planned step
+    temperature: float = 1.0  # divides the logits
+    action_cdf: float = 0.6  # drop the least likely actions up to this mass, see `sampling.filter_cdf`; 0: off
+    action_top_k: int = 0  # draw from the k likeliest; 0: off
+    action_central: float = 1.0  # draw from this share of the mass around the median; 0: the median, 1: off
     observation_cdf: float = 0.0
-    observation_top_k: int = 1
+    observation_top_k: int = 1  # 1: the likeliest
     reward_cdf: float = 0.0  # of reward and value tokens
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
@@ -107,7 +107,7 @@ class _Pending(NamedTuple):
 def make_window_config(
     config: transformer.TransformerConfig, plan_config: PlanConfig, *, num_transitions: int
 ) -> window.WindowConfig:
-    """Return the window of a search over so many transitions.
+    """Return the window of a search that plans so many transitions.
 
     Raises ValueError if the model cannot read it or has fewer tokens per dimension than a top_k.
     """

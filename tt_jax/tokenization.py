@@ -84,9 +84,10 @@ def merged_columns(tokens: np.ndarray, values: np.ndarray) -> list[int]:
 
 
 def encode(discretizer: Discretizer, values: chex.Array, *, dims: slice = slice(None)) -> chex.Array:
-    """Turn `values` [..., d] of the dimensions `dims` into int32 tokens in [0, V).
+    """Turn `values` [..., d] of the d dimensions `dims` into int32 tokens [..., d] in [0, V).
 
-    Values outside of the fitted range get the first or last token. numpy values are compared in float64.
+    Values outside of the fitted range get the first or last token. numpy values are compared in float64, others in
+    float32. Raises ValueError if the last axis is not d.
     """
     num_bins = discretizer.centers.shape[1]
     if isinstance(values, np.ndarray):
@@ -103,9 +104,9 @@ def encode(discretizer: Discretizer, values: chex.Array, *, dims: slice = slice(
 
 
 def decode(discretizer: Discretizer, tokens: chex.Array, *, dims: slice = slice(None)) -> chex.Array:
-    """Turn `tokens` [..., d] of the dimensions `dims` into the values of their bins.
+    """Turn `tokens` [..., d] of the d dimensions `dims` into the values [..., d] of their bins.
 
-    Tokens are clipped to [0, V) first, so a stop token decodes as the last bin.
+    Tokens are clipped to [0, V) first, so a stop token decodes as the last bin. float64 for numpy tokens, else float32.
     """
     if isinstance(tokens, np.ndarray):
         centers = np.asarray(discretizer.centers)[dims]
@@ -115,7 +116,7 @@ def decode(discretizer: Discretizer, tokens: chex.Array, *, dims: slice = slice(
 
 
 def expectation(discretizer: Discretizer, probs: chex.Array, *, dim: int) -> chex.Array:
-    """Average the bin values of dimension `dim` under `probs` [..., V], which need not sum to one.
+    """Average the bin values of dimension `dim` under `probs` [..., V], which need not sum to one, into [...].
 
     The mass of the stop token has been removed by the caller and is not made up for: stop counts as the value 0.
     """
@@ -126,7 +127,10 @@ def expectation(discretizer: Discretizer, probs: chex.Array, *, dim: int) -> che
 
 
 def percentile(discretizer: Discretizer, probs: chex.Array, q: float, *, dim: int) -> chex.Array:
-    """Return the value of the first bin of `dim` where `probs` [..., V] exceed the share `q` in [0, 1) of their sum."""
+    """Return the value [...] of the first bin of `dim` up to which `probs` [..., V] exceed the share `q` of their sum.
+
+    `q` is in [0, 1); the probabilities need not sum to one.
+    """
     xp = np if isinstance(probs, np.ndarray) else jnp
     centers = xp.asarray(discretizer.centers)[dim]
     mass = xp.cumsum(probs, axis=-1)

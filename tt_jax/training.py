@@ -74,7 +74,10 @@ class TrainState:
 
 
 def with_token_schedule(config: TrainConfig, *, num_windows: int, block_size: int) -> TrainConfig:
-    """Fill in the reference's schedule: warm-up over the tokens of one epoch, the cosine's floor after 20."""
+    """Fill in what is 0 by the reference's schedule: warm-up over the tokens of one epoch, the floor after 20.
+
+    An epoch is `num_windows` windows of `block_size` tokens.
+    """
     epoch_tokens = num_windows * block_size
     return dataclasses.replace(
         config,
@@ -84,7 +87,7 @@ def with_token_schedule(config: TrainConfig, *, num_windows: int, block_size: in
 
 
 def learning_rate(tokens_seen: chex.Numeric, *, config: TrainConfig) -> chex.Array:
-    """Return the rate after `tokens_seen` targets: linear warm-up, then a cosine that never falls below 10%.
+    """Return the float32 rate after `tokens_seen` targets: linear warm-up, then a cosine that never falls below 10%.
 
     As in the reference the cosine rises again after `final_tokens` unless the configuration clamps it. (The very
     first step of a run uses the full rate, which `update` sees to.)
@@ -130,12 +133,12 @@ def _muon_dimensions(params):
 
 
 def decay_mask(params: types.Params) -> types.Params:
-    """Mark with True what weight decay applies to: the kernels of linear maps and the head."""
+    """Mark with True what weight decay applies to, in a tree like `params`: the kernels, the head's included."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def init(rng_key: chex.PRNGKey, *, config: TrainConfig, model_config: transformer.TransformerConfig) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step, with parameters from `transformer.init`."""
     params = transformer.init(rng_key, config=model_config)
     return TrainState(
         params=params,
@@ -156,8 +159,9 @@ def update(
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Do one step of the optimizer on `batch`, the device's equal share of the global batch if `axis_name` is given.
 
-    The metrics are those of `transformer.loss`, means over the global batch before the step; grad_norm, before
-    clipping; and learning_rate.
+    `batch` is [B, T] int32, and `dropout_key` a key, one per row, or None for no dropout. The metrics, [] float32, are
+    those of `transformer.loss`, means over the global batch before the step; grad_norm, before clipping; and
+    learning_rate.
     """
     add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
     num_positions = add_up(jnp.float32(batch.targets.size))

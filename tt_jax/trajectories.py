@@ -90,14 +90,17 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
 
 
 def flatten_observations(observations, *, config: DataConfig) -> np.ndarray:
-    """Turn a batch of environment observations, [T, ...] or a dict of such arrays, into [T, N] as a model sees it."""
+    """Turn a batch of environment observations, [T, ...] or a dict of such arrays, into [T, N] as a model sees it.
+
+    The dtype is that of the parts together. Raises KeyError if one of `config.observation_keys` is not there.
+    """
     parts = [observations[key] for key in config.observation_keys] if config.observation_keys else [observations]
     flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in parts], axis=1)
     return flat[:, : config.observation_slice] if config.observation_slice else flat
 
 
 def select(trajectories: Trajectories, episodes) -> Trajectories:
-    """Keep the episodes with the given indices, in the given order."""
+    """Keep the episodes with the given indices [E'] in [0, E), in the given order."""
     episodes = np.asarray(episodes, np.int64)
     starts = trajectories.offsets[episodes]
     lengths = trajectories.offsets[episodes + 1] - starts
@@ -163,12 +166,12 @@ def clip_actions(actions: np.ndarray) -> np.ndarray:
 
 
 def num_windows(offsets) -> int:
-    """Count the windows of all episodes; an episode of L steps has L - 1, which start at each step but its last."""
+    """Count the windows of all episodes, `offsets` [E + 1]; one of L steps has L - 1, starting at all but its last."""
     return int(offsets[-1]) - (len(offsets) - 1)
 
 
 def token_store(tokens, trajectories: Trajectories, *, num_bins: int) -> TokenStore:
-    """Pack the tokens [n, D] of `trajectories` into the smallest dtype that also holds the stop token."""
+    """Pack the tokens [n, D] of `trajectories`, in [0, V), into the smallest dtype that also holds the stop token V."""
     return TokenStore(
         tokens=np.asarray(tokens).astype(np.min_scalar_type(num_bins)),
         offsets=trajectories.offsets.astype(np.int32),
@@ -179,7 +182,7 @@ def token_store(tokens, trajectories: Trajectories, *, num_bins: int) -> TokenSt
 def windows(
     store: TokenStore, ids, *, spec: types.TransitionSpec, config: DataConfig, max_transitions: int
 ) -> types.Batch:
-    """Gather the windows `ids` [B] in [0, num_windows) as K * D - 1 input tokens each and targets shifted by one.
+    """Gather the windows `ids` [B] int32 in [0, num_windows) as a Batch of K * D - 1 input tokens and targets each.
 
     A window is K = max_transitions transitions, `config.step` environment steps apart; those beyond the end of the
     episode are stop tokens throughout. As in the reference implementation, the weights drop the transitions later

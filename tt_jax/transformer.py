@@ -275,7 +275,9 @@ def loss(
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
     """Average the weighted cross entropy over all B * T positions, masked ones included (as the reference does).
 
-    The metrics are plain means in nats over the tokens of weight 1: "loss", and "loss_observation" and so on by kind.
+    Returns a float32 scalar in nats and metrics. `batch` [B, T], `goal` and `dropout_key` as for `apply`, which says
+    what raises ValueError. The metrics are plain means in nats over the tokens of weight 1: "loss", and by kind
+    "loss_observation", "loss_action", "loss_reward", "loss_value".
     """
     total, sums, counts = loss_sums(params, batch, config=config, goal=goal, dropout_key=dropout_key)
     return total / batch.targets.size, mean_losses(sums, counts)
@@ -291,7 +293,7 @@ def loss_sums(
 ) -> tuple[chex.Array, chex.Array, chex.Array]:
     """Sum the cross entropy: weighted [], and sums and counts [4] by kind (observation, action, reward, value).
 
-    Sums of parts of a batch add up to those of the whole.
+    Arguments as for `loss`; results are float32, in nats. Sums of parts of a batch add up to those of the whole.
     """
     logits = apply(params, batch.inputs, config=config, goal=goal, dropout_key=dropout_key)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
@@ -307,7 +309,7 @@ def loss_sums(
 
 
 def mean_losses(sums: chex.Array, counts: chex.Array) -> dict[str, chex.Array]:
-    """Name the means per token of `loss_sums`, all together and by kind; a kind that does not occur has mean 0."""
+    """Name the means per token of sums and counts [4] of `loss_sums`, in all and by kind; 0 where there is none."""
     means = {"loss": jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1)}
     for index, kind in enumerate(("observation", "action", "reward", "value")):
         means[f"loss_{kind}"] = sums[index] / jnp.maximum(counts[index], 1)
@@ -315,7 +317,10 @@ def mean_losses(sums: chex.Array, counts: chex.Array) -> dict[str, chex.Array]:
 
 
 def visible_keys(config: TransformerConfig, length: int) -> np.ndarray:
-    """Return which key (column) a query (row) may see in a pass over `length` tokens, with the goal [G + T, G + T]."""
+    """Return which key (column) a query (row) sees in a pass over T = `length` tokens, with the goal [G + T, G + T].
+
+    bool, for G = N goal tokens in front if the model is goal-conditioned, else 0.
+    """
     goal_length = config.spec.observation_dim if config.goal_conditioned else 0
     index = np.arange(-goal_length, length)
     is_hidden = (index % config.spec.transition_dim == config.hidden_dim) & (index >= 0)
