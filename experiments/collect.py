@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from experiments import entry, recording, waypoint_controller
+from experiments.common import entry, recording, waypoint_controller
 
 ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
 DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)

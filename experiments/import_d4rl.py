@@ -15,7 +15,7 @@ import gymnasium
 import tqdm
 from absl import flags, logging
 
-from experiments import d4rl, entry, recording
+from experiments.common import d4rl, entry, recording
 
 FILES = flags.DEFINE_list("files", None, "Paths or URLs of HDF5 files, separated by commas.", required=True)
 DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
-from experiments import datasets, entry
+from experiments.common import datasets, entry
 from tt_jax import checkpoints, torch_import, training, transformer
 
 STATE_DICT = flags.DEFINE_string("state_dict", None, "File that torch.save wrote of model.state_dict().", required=True)

@@ -18,7 +18,8 @@ import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import control, datasets, entry, figures, stages, train_iql, train_tt, training_loop
+from experiments import train_iql, train_tt
+from experiments.common import control, datasets, entry, figures, stages, training_loop
 from tt_jax import iql, rollouts, sequence_planner, trajectories, transformer
 
 CONFIG, DATASET, WORKDIR = training_loop.CONFIG, training_loop.DATASET, training_loop.WORKDIR

@@ -18,7 +18,7 @@ import minari
 import numpy as np
 from absl import flags
 
-from experiments import control, datasets, entry
+from experiments.common import control, datasets, entry
 from tt_jax import rollouts, sequence_planner, transformer
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)

@@ -17,17 +17,8 @@ import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import (
-    action_repeat,
-    control,
-    datasets,
-    entry,
-    figures,
-    recording,
-    stages,
-    train_tt,
-    waypoint_controller,
-)
+from experiments import action_repeat, train_tt
+from experiments.common import control, datasets, entry, figures, recording, stages, waypoint_controller
 from tt_jax import checkpoints, rollouts, sequence_planner, tokenization
 
 # The flags of training serve here, too, with other defaults.

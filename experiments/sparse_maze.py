@@ -14,7 +14,8 @@ import numpy as np
 from absl import flags
 from gymnasium_robotics.envs.maze import maps
 
-from experiments import action_repeat, control, entry, maze_table, recording, stages, train_iql, waypoint_controller
+from experiments import action_repeat, maze_table, train_iql
+from experiments.common import control, entry, recording, stages, waypoint_controller
 from tt_jax import rollouts, trajectories
 
 flags.set_default(maze_table.CONFIG, str(pathlib.Path(__file__).parent / "configs" / "sparse_maze.py"))

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from experiments import control, datasets, entry, training_loop
+from experiments.common import control, datasets, entry, training_loop
 from tt_jax import checkpoints, data_parallel, iql, iql_training, rollouts, trajectories
 
 CONFIG, DATASET, WORKDIR = training_loop.CONFIG, training_loop.DATASET, training_loop.WORKDIR

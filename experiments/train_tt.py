@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import datasets, entry, training_loop
+from experiments.common import datasets, entry, training_loop
 from tt_jax import checkpoints, data_parallel, training, trajectories, transformer
 
 CONFIG, DATASET, WORKDIR = training_loop.CONFIG, training_loop.DATASET, training_loop.WORKDIR

@@ -11,7 +11,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from experiments import action_repeat, recording
+from experiments import action_repeat
+from experiments.common import recording
 from tt_jax import checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]

@@ -27,7 +27,8 @@ def test_flags_of_the_commands_are_defined_by_their_modules():
     commands = re.findall(r"python -m (experiments\.\w+) (.*)", README)
     for module, arguments in commands:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        for names in re.findall(r"from experiments import (.*)", source):  # entry points may share their flags
-            source += "".join((ROOT / "experiments" / f"{name}.py").read_text() for name in names.split(", "))
+        for folder, names in re.findall(r"from (experiments[.\w]*) import (.*)", source):  # shared flags
+            paths = [ROOT / folder.replace(".", "/") / f"{name}.py" for name in names.split(", ")]
+            source += "".join(path.read_text() for path in paths)
         for flag in re.findall(r"--([a-z_0-9]+)=", arguments):
             assert f'"{flag}"' in source, (module, flag)

@@ -11,7 +11,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from experiments import entry
+from experiments.common import entry
 from tt_jax import checkpoints, data_parallel, iql_training, training
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")

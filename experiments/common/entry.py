@@ -129,7 +129,7 @@ def _log_own_information_to_stdout():
 
 
 def _is_own(path):
-    return pathlib.Path(path).parent == pathlib.Path(__file__).parent
+    return pathlib.Path(__file__).parents[1] in pathlib.Path(path).parents
 
 
 def is_main_process() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from experiments import entry
+from experiments.common import entry
 
 
 def is_done(workdir: pathlib.Path, settings: dict) -> bool:

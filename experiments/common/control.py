@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import recording
+from experiments.common import recording
 from tt_jax import checkpoints, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
 
 
