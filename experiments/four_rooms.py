@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import action_repeat, train_tt
+from experiments import train_tt
 from experiments.common import control, datasets, entry, figures, recording, stages, waypoint_controller
 from tt_jax import checkpoints, rollouts, sequence_planner, trajectories
 
@@ -111,7 +111,7 @@ def make_env(goals: str, *, seconds: int) -> gymnasium.Env:
     """Make the maze with goals in the cells marked as `goals` in MAP; episodes start in any cell."""
     maze_map = [[1 if mark == "#" else "c" if mark == goals else "r" for mark in row] for row in MAP.split()]
     settings = {"maze_map": maze_map, "reward_type": "sparse", "max_episode_steps": 100 * seconds}
-    return action_repeat.ActionRepeat(recording.make_env("PointMaze_UMaze-v3", **settings), ACTION_REPEAT)
+    return rollouts.ActionRepeat(recording.make_env("PointMaze_UMaze-v3", **settings), ACTION_REPEAT)
 
 
 def _play(policy, seeds, preemption, *, goals, seconds, title) -> list[rollouts.Episode]:

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import action_repeat, train_tt
+from experiments import train_tt
 from experiments.common import control, datasets, entry, figures, recording, stages, waypoint_controller
 from tt_jax import checkpoints, rollouts, sequence_planner, tokenization
 
@@ -83,7 +83,7 @@ def _settings() -> dict:
 def make_env() -> gymnasium.Env:
     """Make the maze. At its own 100 actions a second a plan of some steps would lead nowhere."""
     env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense")
-    return action_repeat.ActionRepeat(env, ACTION_REPEAT)
+    return rollouts.ActionRepeat(env, ACTION_REPEAT)
 
 
 def _collect(dataset_id, preemption) -> dict:

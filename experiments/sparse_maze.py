@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from gymnasium_robotics.envs.maze import maps
 
-from experiments import action_repeat, maze_table, train_iql
+from experiments import maze_table, train_iql
 from experiments.common import control, entry, recording, stages, waypoint_controller
 from tt_jax import rollouts, trajectories
 
@@ -60,7 +60,7 @@ def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnas
         max_episode_steps=max_episode_steps,
     )
     goal = tuple(env.unwrapped.maze.cell_rowcol_to_xy(np.array(GOAL)).tolist())
-    return action_repeat.ActionRepeat(rollouts.FixedGoal(env, goal), ACTION_REPEAT)
+    return rollouts.ActionRepeat(rollouts.FixedGoal(env, goal), ACTION_REPEAT)
 
 
 def _collect(dataset_id, preemption) -> dict:
