@@ -24,11 +24,11 @@ def test_commands_name_modules_scripts_and_configurations_that_exist():
 
 
 def test_flags_of_the_commands_are_defined_by_their_modules():
+    shared = (ROOT / "experiments" / "common" / "run_flags.py").read_text()
+    shared = dict(re.findall(r"^def (\w+)\((.*?)(?=^def |\Z)", shared, re.DOTALL | re.MULTILINE))
     commands = re.findall(r"python -m (experiments\.\w+) (.*)", README)
     for module, arguments in commands:
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
-        for folder, names in re.findall(r"from (experiments[.\w]*) import (.*)", source):  # shared flags
-            paths = [ROOT / folder.replace(".", "/") / f"{name}.py" for name in names.split(", ")]
-            source += "".join(path.read_text() for path in paths)
+        source += "".join(shared[name] for name in re.findall(r"run_flags\.(\w+)\(", source))
         for flag in re.findall(r"--([a-z_0-9]+)=", arguments):
             assert f'"{flag}"' in source, (module, flag)
