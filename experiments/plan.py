@@ -9,7 +9,6 @@ The newest checkpoint in the workdir brings its environment, its observation lay
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 
@@ -129,9 +128,7 @@ def main(_):
             "plan": dataclasses.asdict(plan_config),
         },
     }
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(out)
+    entry.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=episodes[0].actions)
     _print_table(results)

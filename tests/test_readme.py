@@ -14,6 +14,14 @@ def test_python_blocks_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
+def test_links_and_figures_of_the_pages_exist():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    assert len(pages) > 2 and len(links) > 5
+    for page, link in links:
+        assert "://" in link or (page.parent / link).exists(), (page, link)
+
+
 def test_commands_name_modules_scripts_and_configurations_that_exist():
     commands = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
     modules = re.findall(r"\b(experiments\.\w+)", commands)

@@ -33,7 +33,7 @@ def results(workdir: pathlib.Path, settings: dict, make_fn: Callable[[], dict]) 
     path, settings = workdir / "settings.json", json.loads(json.dumps(settings))
     if path.exists() and json.loads(path.read_text()) != settings:
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
-    write_json(path, settings)
+    entry.write_json(path, settings)
     path = workdir / "results.json"
     if path.exists():
         logging.info("%s is done; another --workdir starts anew.", workdir)
@@ -45,7 +45,7 @@ def results(workdir: pathlib.Path, settings: dict, make_fn: Callable[[], dict]) 
         "commit": entry.commit_id(),
         "settings": settings,
     }
-    write_json(path, parts)
+    entry.write_json(path, parts)
     return parts
 
 
@@ -64,7 +64,7 @@ def once(path: pathlib.Path, make_fn: Callable[[], Any], *, title: str | None = 
     if path.exists():
         logging.info("%salready done", f"{title}: " if title else "")
     elif is_json:
-        write_json(path, make_fn())
+        entry.write_json(path, make_fn())
     else:
         arrays, temporary = make_fn(), path.with_name("unfinished.npz")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +74,6 @@ def once(path: pathlib.Path, make_fn: Callable[[], Any], *, title: str | None = 
         return json.loads(path.read_text())
     with np.load(path) as file:
         return dict(file)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write a file so that it is never seen in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def keep_datasets_in(workdir: pathlib.Path) -> None:
