@@ -1,5 +1,6 @@
 """The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments.common import entry
@@ -20,21 +22,27 @@ def run(
     *,
     config: training.TrainConfig | iql_training.IQLTrainConfig,
     state: Any,
-    step: int,
-    advance: Callable[[Any, int], tuple[Any, dict]],
+    train_fn: Callable[[Any, Any, Any, Any], tuple[Any, dict]],
+    store: Any,
+    seed: int,
     evaluate: Callable[[Any], dict[str, float]] | None,
     save: Callable[[checkpoints.Writer, int, Any], None],
     describe: Callable[[dict[str, np.ndarray], float], str],
     work_per_step: dict[str, int],
     preemption: entry.Preemption,
 ) -> None:
-    """Train from `step` to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
+    """Train from `state` to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
 
-    `state` is replicated over the devices. `advance(state, num_steps)` does so many steps and returns the state and
-    metrics [num_steps, ...], replicated; `evaluate(state)` returns further metrics every `config.eval_every` steps;
+    `train_fn(state, store, seed, num_steps)`, all replicated over the devices, does so many steps and returns the state
+    and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps;
     `save(writer, step, state)` starts a checkpoint of the host's copy; `describe(metrics, steps_per_second)` is what
     the progress bar says; `work_per_step` holds what else is measured per second, such as {"tokens": 4096}.
     """
+    step = int(np.ravel(state.step)[0])
+    if step >= config.num_steps:
+        logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
+        return
+    state, store, seed = place(state), place(store), data_parallel.replicate(np.uint32(seed))
     metrics = entry.MetricsWriter(workdir, resume_step=step)
     notes = []
     progress = tqdm.tqdm(
@@ -45,7 +53,7 @@ def run(
         while step < config.num_steps:
             call_steps = _steps_until_event(step, call_steps, config)
             started = time.time()
-            state, call_metrics = advance(state, call_steps)
+            state, call_metrics = train_fn(state, store, seed, data_parallel.replicate(np.int32(call_steps)))
             host_metrics = data_parallel.unreplicate(call_metrics)
             call_metrics = {name: values[:call_steps] for name, values in host_metrics.items()}
             _check_finite(call_metrics, first_step=step + 1)
@@ -74,6 +82,22 @@ def run(
             wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
             call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
         metrics.close()
+
+
+def resume(workdir: str, fresh: Any, check_fn: Callable[[checkpoints.Checkpoint], None]) -> Any:
+    """Return the state of the newest checkpoint, which `check_fn` may refuse, or `fresh` where there is none."""
+    if checkpoints.latest_step(workdir) is None:
+        return fresh
+    checkpoint = checkpoints.restore(workdir, state_template=without_params(fresh))
+    check_fn(checkpoint)
+    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
+    logging.info("resuming %s at step %d", workdir, checkpoint.step)
+    return dataclasses.replace(fresh, params=params, **checkpoint.state)
+
+
+def without_params(state: Any) -> dict[str, Any]:
+    """Return the parts of a training state that a checkpoint holds beside the parameters, by name."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def place(tree: Any) -> Any:
