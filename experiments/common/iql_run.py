@@ -4,7 +4,6 @@ Learner i has the seed config.seed + i. A checkpoint holds the learners' paramet
 without one where there is one seed.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -38,32 +37,24 @@ def train(config, workdir, *, preemption, download=False):
     )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
     units = iql.fit_units(transitions, config=iql_config)
-    fresh = iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units)
     run = config.to_dict() | {"env_spec": datasets.env_spec(config.dataset)}
 
-    def check(checkpoint):
-        same = dataclasses.replace(iql_config, actor_cosine_steps=checkpoint.config.actor_cosine_steps)
-        if checkpoint.config != same:
-            raise entry.UsageError(
-                f"{workdir} holds {checkpoint.config}, this run is {iql_config}; use another --workdir."
-            )
-
-    def save(writer, step, host):
-        rest = training_loop.without_params(host)
-        params = jax.tree.map(lambda leaf: leaf[0], host.params) if train_config.num_seeds == 1 else host.params
-        writer.save(step, params=params, config=iql_config, tokenizer=None, state=rest, run=run)
+    def params_fn(params):
+        return jax.tree.map(lambda leaf: leaf[0], params) if train_config.num_seeds == 1 else params
 
     training_loop.run(
         workdir,
         config=train_config,
-        state=training_loop.resume(workdir, fresh, check),
+        fresh=iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units),
+        model={"config": iql_config, "tokenizer": None, "run": run},
+        free_fields=("actor_cosine_steps",),
+        params_fn=params_fn,
         train_fn=iql_training.make_train_fn(
             config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
         ),
         store=transitions,
         seed=config.seed,
         evaluate=_make_evaluate(run, data_config, iql_config) if config.eval.num_episodes else None,
-        save=save,
         describe=lambda metrics, rate: (
             f"v {metrics['v'][-1].mean():.3g}, value loss {metrics['value_loss'][-1].mean():.3g}, {rate:.3g} updates/s"
         ),

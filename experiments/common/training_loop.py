@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,23 +21,30 @@ def run(
     workdir: str,
     *,
     config: training.TrainConfig | iql_training.IQLTrainConfig,
-    state: Any,
+    fresh: Any,
+    model: dict[str, Any],
+    free_fields: Sequence[str] = (),
+    params_fn: Callable[[Any], Any] = lambda params: params,
     train_fn: Callable[[Any, Any, Any, Any], tuple[Any, dict]],
     store: Any,
     seed: int,
     evaluate: Callable[[Any], dict[str, float]] | None,
-    save: Callable[[checkpoints.Writer, int, Any], None],
     describe: Callable[[dict[str, np.ndarray], float], str],
     work_per_step: dict[str, int],
     preemption: entry.Preemption,
 ) -> None:
-    """Train from `state` to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
+    """Train to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
+
+    Goes on from the newest checkpoint in `workdir`, which must be of the same `model` but for the `free_fields` of its
+    config, or from the state `fresh`. `model` holds the `config`, `tokenizer` and `run` of a checkpoint, and
+    `params_fn` makes its parameters of those in the state, which may have further axes of size 1.
 
     `train_fn(state, store, seed, num_steps)`, all replicated over the devices, does so many steps and returns the state
     and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps;
-    `save(writer, step, state)` starts a checkpoint of the host's copy; `describe(metrics, steps_per_second)` is what
-    the progress bar says; `work_per_step` holds what else is measured per second, such as {"tokens": 4096}.
+    `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
+    second, such as {"tokens": 4096}.
     """
+    state = _resume(workdir, fresh, model, free_fields)
     step = int(np.ravel(state.step)[0])
     if step >= config.num_steps:
         logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
@@ -75,29 +82,14 @@ def run(
                 notes, log_time, log_step = [], time.time(), step
             interrupted = preemption.requested()
             if is_last or interrupted or step % config.checkpoint_every == 0:
-                save(writer, step, data_parallel.unreplicate(state))
+                host = data_parallel.unreplicate(state)
+                writer.save(step, params=params_fn(host.params), state=_without_params(host), **model)
             if interrupted and not is_last:
                 writer.wait()
                 raise entry.Interrupted(f"stopped at step {step}, saved in {workdir}; the same command goes on.")
             wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
             call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
         metrics.close()
-
-
-def resume(workdir: str, fresh: Any, check_fn: Callable[[checkpoints.Checkpoint], None]) -> Any:
-    """Return the state of the newest checkpoint, which `check_fn` may refuse, or `fresh` where there is none."""
-    if checkpoints.latest_step(workdir) is None:
-        return fresh
-    checkpoint = checkpoints.restore(workdir, state_template=without_params(fresh))
-    check_fn(checkpoint)
-    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
-    logging.info("resuming %s at step %d", workdir, checkpoint.step)
-    return dataclasses.replace(fresh, params=params, **checkpoint.state)
-
-
-def without_params(state: Any) -> dict[str, Any]:
-    """Return the parts of a training state that a checkpoint holds beside the parameters, by name."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def place(tree: Any) -> Any:
@@ -107,6 +99,26 @@ def place(tree: Any) -> Any:
     except jax.errors.JaxRuntimeError as error:
         size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)) / 2**20
         raise ValueError(f"{size:.0f} MiB of data do not fit the memory of a device: {error}") from error
+
+
+def _resume(workdir, fresh, model, free_fields):
+    if checkpoints.latest_step(workdir) is None:
+        return fresh
+    checkpoint = checkpoints.restore(workdir, state_template=_without_params(fresh))
+    config, found = model["config"], checkpoint.config
+    if dataclasses.replace(config, **{name: getattr(found, name) for name in free_fields}) != found:
+        # also by a setting that the run's config.json is too old to know
+        raise entry.UsageError(f"{workdir} holds {found}, this run is {config}; use another --workdir.")
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, checkpoint.tokenizer, model["tokenizer"]))):
+        raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
+    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
+    logging.info("resuming %s at step %d", workdir, checkpoint.step)
+    return dataclasses.replace(fresh, params=params, **checkpoint.state)
+
+
+def _without_params(state):
+    """Return the parts of a training state that a checkpoint holds beside the parameters, by name."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def _steps_until_event(step, wanted, config):

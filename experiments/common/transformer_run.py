@@ -1,10 +1,8 @@
 """Training of a Trajectory Transformer on a Minari dataset, from its configuration to checkpoints in a workdir."""
 
-import dataclasses
 import functools
 
 import jax
-import numpy as np
 
 from experiments.common import datasets, entry, training_loop
 from tt_jax import data_parallel, training, trajectories, transformer
@@ -35,32 +33,21 @@ def train(config, workdir, *, preemption, download=False):
         def evaluate(state):
             return data_parallel.unreplicate(eval_fn(state.params, held_out))
 
-    def check(checkpoint):
-        if checkpoint.config != model_config:  # also by a setting that the run's config.json is too old to know
-            raise entry.UsageError(
-                f"{workdir} holds {checkpoint.config}, this run is {model_config}; use another --workdir."
-            )
-        tokenizers = map(dataclasses.astuple, (checkpoint.tokenizer, data.tokenizer))
-        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, *tokenizers))):
-            raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
-
-    run = config.to_dict() | {"env_spec": data.env_spec}
-
-    def save(writer, step, host):
-        rest = training_loop.without_params(host)
-        writer.save(step, params=host.params, config=model_config, tokenizer=data.tokenizer, state=rest, run=run)
-
     init = functools.partial(training.init, config=train_config, model_config=model_config)
     tokens_per_step = train_config.batch_size * model_config.block_size
     training_loop.run(
         workdir,
         config=train_config,
-        state=training_loop.resume(workdir, jax.jit(init)(jax.random.key(config.seed)), check),
+        fresh=jax.jit(init)(jax.random.key(config.seed)),
+        model={
+            "config": model_config,
+            "tokenizer": data.tokenizer,
+            "run": config.to_dict() | {"env_spec": data.env_spec},
+        },
         train_fn=train_fn,
         store=data.train,
         seed=config.seed,
         evaluate=evaluate,
-        save=save,
         describe=lambda metrics, rate: (
             f"loss {metrics['loss'][-1]:.4f}, lr {metrics['learning_rate'][-1]:.1e}, "
             f"{rate * tokens_per_step:.2g} tokens/s"
