@@ -22,9 +22,9 @@ setuptools.setup(
     author="tt_jax authors",
     license="MIT",
     python_requires=">=3.11",
-    packages=["tt_jax", "experiments", "experiments.configs"],
+    packages=["tt_jax"],  # experiments/ runs from a checkout: its name is too common for site-packages
     install_requires=[
-        "jax>=0.10,<0.12",
+        "jax>=0.10,<0.13",
         "flax>=0.12.6,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -42,7 +42,7 @@ setuptools.setup(
         "plots": PLOTS,
         "logging": LOGGING,
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING],
-        "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
     },
 )
