@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "tt_jax" / "__init__.py").read_text()).group(1)
 README = ROOT / "README.md"
 
-ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2"]
+# gymnasium-robotics 1.4 cannot make its kitchen, Fetch and hand environments with mujoco from 3.12 on.
+ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2", "mujoco>=3.3,<3.12"]
 PLOTS = ["matplotlib>=3.10,<4", "imageio>=2.37,<3"]
 LOGGING = ["tensorboardX>=2.6,<3"]
 
