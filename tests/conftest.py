@@ -1,6 +1,7 @@
 """Settings of every test, made before jax is imported."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -13,3 +14,22 @@ os.environ["MPLBACKEND"] = "agg"
 # Entry points run as subprocesses share what they compile, with each other but with no earlier run of the tests.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tt_jax_tests_")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_report_header():
+    """Say what the tests run with."""
+    versions = {each.name: each.version for each in importlib.metadata.distributions()}
+    names = [
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "chex",
+        "numpy",
+        "minari",
+        "gymnasium",
+        "gymnasium-robotics",
+        "mujoco",
+    ]
+    return ", ".join(f"{name} {versions.get(name, 'is missing')}" for name in names)
