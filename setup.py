@@ -26,7 +26,7 @@ setuptools.setup(
     packages=["tt_jax"],  # experiments/ runs from a checkout: its name is too common for site-packages
     install_requires=[
         "jax>=0.10,<0.13",
-        "flax>=0.12.6,<0.13",
+        "flax>=0.12.7,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "chex>=0.1.91,<0.2",
