@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from entry_points import ROOT
 
 OWN_VERSION = "{}.{}".format(*sys.version_info)
@@ -22,6 +23,7 @@ def add_program(path, script):
 
 
 def test_the_first_python_of_the_version_that_runs_is_found(tmp_path):
+    pytest.importorskip("ensurepip")  # a separate package in some distributions
     assert find_python(OWN_VERSION, tmp_path) == ""
     own = f'exec "{sys.executable}" "$@"'
     in_pyenv = tmp_path / "pyenv" / "versions" / f"{OWN_VERSION}.1" / "bin" / "python"
