@@ -7,9 +7,6 @@ import numpy as np
 from tt_jax import tokenization, torch_import, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=10)
-# For large programs that run for milliseconds: what they compute is the same, compiled in half the time. The one public
-# option of XLA that does so: others were faster with one release and unknown to the next.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 CONFIG = transformer.TransformerConfig(spec=SPEC, num_layers=2, num_heads=2, embed_dim=16, max_transitions=4)
 
 
