@@ -47,10 +47,11 @@ def mppi(
     """Plan by model predictive path integral control (Williams et al. 2017, Information Theoretic MPC).
 
     The mean moves to the candidates' mean under weights exp(score / temperature), and is the plan in the end; `std`
-    stays. The paper's own cost of leaving the mean is left out. The temperature is in the scores' units. `rng_key` [B]; `mean` and `std` [B, H, A]; `bounds` are the least
-    and the greatest action, each a number or [A]. One candidate is the mean itself; the others differ from it by noise
-    as `colored_noise` makes it, and are clipped to the bounds. The plan's tokens are the best candidate's, and its
-    scores [B, W] the last candidates', descending.
+    stays. The paper's own cost of leaving the mean is left out. The temperature is in the scores' units.
+
+    `rng_key` [B]; `mean` and `std` [B, H, A]; `bounds` are the least and the greatest action, each a number or [A]. One
+    candidate is the mean itself; the others differ from it by noise as `colored_noise` makes it, and are clipped to the
+    bounds. The plan's tokens are the best candidate's, its scores [B, W] the last candidates', descending.
     Raises ValueError for fewer than 2 candidates or 1 iteration, or a temperature that is not positive.
     """
     if temperature <= 0:
