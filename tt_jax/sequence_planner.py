@@ -228,7 +228,10 @@ class Model:
 
     def root(self, params, context, observation):
         """Read the past and the current observation."""
-        observed = encode_observation(params, observation, spec=self.spec)
+        return self.read(params, context, encode_observation(params, observation, spec=self.spec))
+
+    def read(self, params, context, observed):
+        """Read the past and the tokens [B, N] of an observation."""
         state, logits = window.root(params.transformer, context, observed, config=self.window)
         return _State(window=state, logits=logits, ended=jnp.zeros(logits.shape[:2], bool))
 

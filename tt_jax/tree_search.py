@@ -44,8 +44,8 @@ def tree_search(
     `rng_key` [B]; every leaf of `root` leads with [B], and each environment is searched on its own: the model's
     functions see B = 1 and W = 1 and, as `step`, the depth. `advance_fn` gets `embed_fn(state)` in place of the state.
     `score_fn` tells what a candidate is worth: it is asked with returns 0 at step 0, and what it holds beyond the
-    predicted reward is the value after the candidate. With gumbel_scale 0 nothing is drawn beside the model's samples;
-    1 is what training a policy by the search would need.
+    predicted reward is the value after the candidate, unless the episode ends there. With gumbel_scale 0 nothing is
+    drawn beside the model's samples; 1 is what training a policy by the search would need.
 
     The plan has one step, its tokens are the proposal's, and its scores [B, K] are the candidates' estimated returns
     after the search, descending, -inf for those never tried.
