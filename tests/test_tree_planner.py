@@ -76,6 +76,9 @@ def test_what_does_not_suit_the_tree_is_refused():
     one_step = dataclasses.replace(PLAN_CONFIG, horizon=1, window=(1, 0))
     with pytest.raises(ValueError, match=r"window=\(1, 0\) must have a max of at least 2 for a tree search"):
         tree_planner.make_tree_plan_fn(config=ONE_LAYER, plan_config=one_step)
+    with pytest.raises(ValueError, match="a tree search cannot leave out candidates; set unlikely_share to 0"):
+        shared = dataclasses.replace(PLAN_CONFIG, unlikely_share=0.5)
+        tree_planner.make_tree_plan_fn(config=ONE_LAYER, plan_config=shared)
     with pytest.raises(ValueError, match="goal-conditioned"):
         with_goals = dataclasses.replace(ONE_LAYER, goal_conditioned=True)
         tree_planner.make_tree_plan_fn(config=with_goals, plan_config=PLAN_CONFIG)

@@ -77,9 +77,7 @@ def _shoot(params, rng_key, root, model):
         params,
         rng_key,
         root,
-        propose_fn=model.propose,
-        advance_fn=model.advance,
-        score_fn=model.score,
+        **model.functions(),
         horizon=model.plan.horizon,
         num_plans=model.plan.beam_width,
         discount=model.plan.discount,
@@ -93,19 +91,18 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
     dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
 
     def evaluate_fn(params, rng_key, root, actions):
+        functions = model.functions()
         given = tokenization.encode(params.discretizer, actions, dims=dims)  # [B, W, H, A]
 
         def propose(params, rng_key, state, step):
             action = jax.lax.dynamic_index_in_dim(given, step, axis=2, keepdims=False)
-            return model.propose(params, rng_key, state, step, action=action)
+            return functions["propose_fn"](params, rng_key, state, step, action=action)
 
         scores, _, tokens = planning.sample_plans(
             params,
             rng_key,
             root,
-            propose_fn=propose,
-            advance_fn=model.advance,
-            score_fn=model.score,
+            **functions | {"propose_fn": propose},
             horizon=plan_config.horizon,
             num_plans=plan_config.beam_width,
             discount=plan_config.discount,

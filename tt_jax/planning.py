@@ -65,6 +65,46 @@ def score_by_q(q_fn: Callable[..., chex.Array], *, discount: float) -> Callable[
     return score_fn
 
 
+def favour_likely(
+    propose_fn: Callable[..., tuple[types.Proposal, Any]],
+    score_fn: Callable[..., chex.Array],
+    *,
+    weight: float,
+    discount: float,
+) -> tuple[Callable[..., tuple[types.Proposal, Any]], Callable[..., chex.Array]]:
+    """Return a model's propose_fn and score_fn with `weight` times the log-probability of actions added to rewards.
+
+    A plan is then worth its score, and the discounted log-probabilities of its actions, so that a search does not leave
+    what the model has seen for a reward that it wrongly believes in. Divergence from the data's policy as a cost is
+    that of KL control (Jaques et al. 2017, arXiv 1611.02796).
+    """
+
+    def propose(*arguments, **settings):
+        proposal, pending = propose_fn(*arguments, **settings)
+        return proposal.replace(reward=proposal.reward + weight * proposal.log_prob), pending
+
+    def score(params, returns, proposal, step):  # whether or not the inner one reads the step's reward
+        bonus = weight * proposal.log_prob
+        inner = score_fn(params, returns, proposal.replace(reward=proposal.reward - bonus), step)
+        return inner + discount**step * bonus
+
+    return propose, score
+
+
+def drop_unlikely(score_fn: Callable[..., chex.Array], *, share: float) -> Callable[..., chex.Array]:
+    """Return a score_fn that leaves out, at each step, the `share` of an environment's candidates with the least likely
+    actions; `share` is in [0, 1), and the likeliest one always stays.
+    """
+
+    def score(params, returns, proposal, step):
+        is_live = jnp.isfinite(returns)[..., None]
+        log_prob = jnp.where(is_live, proposal.log_prob, jnp.nan)
+        least = jnp.nanquantile(log_prob, share, axis=(1, 2), keepdims=True)
+        return jnp.where(log_prob < least, -jnp.inf, score_fn(params, returns, proposal, step))
+
+    return score
+
+
 def beam_plan(
     params: types.Params,
     rng_key: chex.PRNGKey,

@@ -36,6 +36,8 @@ class PlanConfig:
     reward_cdf: float = 0.0  # of reward and value tokens
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
+    likelihood_weight: float = 0.0  # of an action's log-probability beside its reward, see `planning.favour_likely`
+    unlikely_share: float = 0.0  # of candidates to leave out at each step, see `planning.drop_unlikely`
     stop_ends_episode: bool = True  # a predicted stop token ends the plan's rewards; the reference goes on
     stop_within_transition: bool = True  # draw it inside of a transition, too, where no data has it, as the reference
     share_ancestors: bool = True  # as the window slides, read once what beams share: fewer products, in smaller steps
@@ -64,6 +66,8 @@ class PlanConfig:
             raise ValueError(f"temperature={self.temperature} must be positive.")
         if self.percentile != -1 and not 0 <= self.percentile < 1:
             raise ValueError(f"percentile={self.percentile} must be in [0, 1), or -1 for the mean.")
+        if not 0 <= self.unlikely_share < 1:
+            raise ValueError(f"unlikely_share={self.unlikely_share} must be in [0, 1).")
 
     @property
     def observation_filters(self) -> sampling.Filters:
@@ -183,9 +187,7 @@ def make_plan_fn(
             params,
             rng_key,
             model.root(params, context, observation),
-            propose_fn=model.propose,
-            advance_fn=model.advance,
-            score_fn=model.score,
+            **model.functions(),
             horizon=plan_config.horizon,
             beam_width=plan_config.beam_width,
             num_expand=plan_config.num_expand,
@@ -225,6 +227,19 @@ class Model:
         self.score_fn = score_fn or planning.score_by_value(plan_config.discount)
         self.reward_fn = reward_fn or (lambda params, reward: reward)
         self.draw_fn = draw_fn or _draw
+
+    def functions(self, *, score_fn=None):
+        """Return the propose_fn, advance_fn and score_fn of `planning`, with the repairs that the settings ask for.
+
+        `score_fn` replaces `score`, which is the model's own with ended beams as one candidate.
+        """
+        propose, score, plan = self.propose, score_fn or self.score, self.plan
+        if plan.unlikely_share:
+            score = planning.drop_unlikely(score, share=plan.unlikely_share)
+        if plan.likelihood_weight:
+            weight = plan.likelihood_weight
+            propose, score = planning.favour_likely(propose, score, weight=weight, discount=plan.discount)
+        return {"propose_fn": propose, "advance_fn": self.advance, "score_fn": score}
 
     def root(self, params, context, observation):
         """Read the past and the current observation."""
@@ -280,7 +295,7 @@ class Model:
             action=tokenization.decode(params.discretizer, acted, dims=action_dims),
             reward=jnp.where(over_before, 0.0, reward),
             value=jnp.where(over, 0.0, self._estimate(params, value_logits, dim=-1)),
-            log_prob=jnp.sum(log_probs, axis=-1),
+            log_prob=jnp.where(state.ended[..., None], 0.0, jnp.sum(log_probs, axis=-1)),
             terminal=over,
             tokens=tokens,
         )

@@ -33,21 +33,27 @@ def make_tree_plan_fn(
 
     Arguments are those of `sequence_planner.make_plan_fn`: `beam_width` simulations of `num_expand` proposals per node,
     `horizon` deep. Plans have one step. Each node sees the newest `window[0]` - 1 whole transitions.
-    Raises ValueError if that is none, or the window longer than the model can read, or the model has goals.
+
+    Raises ValueError if that is none, if `unlikely_share` is to leave candidates out, if the window is longer than
+    the model can read, or if the model has goals.
     """
     num_slots = plan_config.window[0] - 1
     if num_slots < 1:
         raise ValueError(f"window={plan_config.window} must have a max of at least 2 for a tree search.")
+    if plan_config.unlikely_share:
+        raise ValueError("a tree search cannot leave out candidates; set unlikely_share to 0.")
     plan_config = dataclasses.replace(plan_config, window=(num_slots + 1, num_slots))
     one_beam = dataclasses.replace(plan_config, beam_width=1, num_elites=1)
     window_config = sequence_planner.make_window_config(config, one_beam, num_transitions=2)
     model = sequence_planner.Model(window_config, one_beam, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
 
+    functions = model.functions(score_fn=model.score_fn)
+
     def propose(params, rng_key, state, step):
         reading = state.reading
         if reading is None:
             reading = model.read(params, state.context, state.observed)
-        proposal, pending = model.propose(params, rng_key, reading, step)
+        proposal, pending = functions["propose_fn"](params, rng_key, reading, step)
         return proposal, pending.tokens
 
     def advance(params, rng_key, state, tokens, beam, expansion, step):
@@ -73,7 +79,7 @@ def make_tree_plan_fn(
             _State(context=context.replace(tokens=rows), observed=observed),
             propose_fn=propose,
             advance_fn=advance,
-            score_fn=model.score_fn,
+            score_fn=functions["score_fn"],
             embed_fn=lambda state: _State(context=state.context, observed=None),
             horizon=plan_config.horizon,
             num_simulations=plan_config.beam_width,
