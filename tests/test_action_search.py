@@ -39,15 +39,19 @@ def search(method_fn, evaluate_fn, *, mean, std, root=None, bounds=(-1.0, 1.0), 
     return jax.jit(plan)(params, jax.random.split(jax.random.key(seed), len(mean)), root, mean)
 
 
-def test_the_mean_of_mppi_moves_by_the_gradient_of_a_linear_score():
-    # A normal density times exp(g a / temperature) is normal, with its mean moved by std^2 g / temperature.
-    gradient = jnp.asarray([[[[1.0, -2.0], [0.5, 0.0]]]])  # [1, 1, H, A]
-    evaluate = scored(lambda actions: jnp.sum(actions * gradient, axis=(2, 3)))
-    settings = {"num_candidates": 50_000, "temperature": 4.0, "bounds": FREE, "std": 2.0}
-    start = jnp.asarray([[[3.0, 0.0], [0.0, -1.0]]])
-    for num_iterations in (1, 3):
-        plans = search(MPPI, evaluate, mean=start, num_iterations=num_iterations, **settings)
-        np.testing.assert_allclose(plans.actions, start + num_iterations * gradient[0], rtol=0, atol=0.15)
+def test_mppi_moves_its_mean_as_bayes_rule_says_and_keeps_its_width():
+    # A normal density times exp(score / temperature) of a quadratic score is normal again, and its mean is known.
+    slope = np.asarray([[1.0, -2.0], [0.5, 0.0]])  # [H, A]
+    curvature, temperature, std = 0.5, 4.0, 2.0
+    evaluate = scored(lambda actions: jnp.sum(actions * slope[None, None] - curvature * actions**2 / 2, axis=(2, 3)))
+    settings = {"num_candidates": 50_000, "temperature": temperature, "bounds": FREE, "std": std}
+    start = np.asarray([[3.0, 0.0], [0.0, -1.0]])
+    expected = start
+    for num_iterations in range(1, 4):
+        expected = (expected / std**2 + slope / temperature) / (1 / std**2 + curvature / temperature)
+        if num_iterations != 2:
+            plans = search(MPPI, evaluate, mean=jnp.asarray(start)[None], num_iterations=num_iterations, **settings)
+            np.testing.assert_allclose(plans.actions[0], expected, rtol=0, atol=0.06)
 
 
 def test_cem_takes_mean_and_width_from_its_elites():

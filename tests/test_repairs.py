@@ -85,23 +85,31 @@ def test_the_least_likely_share_of_an_environments_candidates_is_left_out():
     )
 
 
-@pytest.mark.parametrize("make_plan_fn", [sequence_planner.make_plan_fn, action_planner.make_shoot_plan_fn])
-def test_the_transformers_own_probabilities_are_added_to_the_score(make_plan_fn):
-    # Greedy plans of two steps, which fit the window, so that one pass over all tokens gives the probabilities.
-    params, roots = random_params(config=ONE_LAYER, stop_logit=-8.0), random_roots(size=0, lengths=[0, 0])
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_transformers_own_probabilities_are_added_to_the_score_until_the_episode_ends(ends):
+    # Plans of two steps, which fit the window, so that one pass over all tokens gives the probabilities.
+    params, roots = random_params(config=ONE_LAYER), random_roots(size=0, lengths=[0, 0])
     plan_config = sequence_planner.PlanConfig(
-        horizon=2, beam_width=1, num_expand=1, window=(3, 2), discount=0.9, action_cdf=0.0, action_top_k=1
+        horizon=2, beam_width=1, num_expand=1, window=(3, 2), discount=0.9, action_cdf=0.0
     )
-    favoured = dataclasses.replace(plan_config, likelihood_weight=0.5)
-    plain, plans = (
-        jax.jit(make_plan_fn(config=ONE_LAYER, plan_config=each))(params, *roots) for each in (plan_config, favoured)
-    )
+
+    def draw_fn(rng_key, logits, call_index):  # the last token of the second observation may say that all is over
+        is_last = call_index == SPEC.transition_dim - 1
+        return jnp.full(logits.shape[:-1], jnp.where(ends & is_last, SPEC.stop_token, 3))
+
+    def plan(weight):
+        changed = dataclasses.replace(plan_config, likelihood_weight=weight)
+        plan_fn = action_planner.make_shoot_plan_fn(config=ONE_LAYER, plan_config=changed, draw_fn=draw_fn)
+        return jax.jit(plan_fn)(params, *roots)
+
+    plain, plans = plan(0.0), plan(0.5)
     np.testing.assert_array_equal(plain.tokens, plans.tokens)
+    assert (plans.tokens == SPEC.stop_token).any() == ends
     tokens = plans.tokens.reshape(2, -1)
     logits = transformer.apply(params.transformer, tokens, config=ONE_LAYER)
     log_probs = np.asarray(jax.nn.log_softmax(logits, axis=-1))
     bonus = 0.0
-    for step in range(2):
+    for step in range(1 if ends else 2):
         for dim in range(SPEC.observation_dim, SPEC.observation_dim + SPEC.action_dim):
             place = step * SPEC.transition_dim + dim
             bonus += 0.9**step * log_probs[np.arange(2), place - 1, tokens[:, place]]

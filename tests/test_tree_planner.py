@@ -56,11 +56,11 @@ def test_a_tree_that_cannot_branch_averages_the_scores_of_uncached_plans_of_all_
 
 
 def test_sampled_trees_of_environments_are_searched_each_on_its_own_in_one_program():
-    plan_config = dataclasses.replace(PLAN_CONFIG, horizon=3, beam_width=12, num_expand=3)
+    plan_config = dataclasses.replace(PLAN_CONFIG, horizon=3, beam_width=12, num_expand=3, observation_top_k=0)
     plan_fn = tree_planner.make_tree_plan_fn(config=ONE_LAYER, plan_config=plan_config)
     chex.clear_trace_counter()
     plan_fn = jax.jit(chex.assert_max_traces(plan_fn, n=1))
-    params = random_params(config=ONE_LAYER)
+    params = random_params(config=ONE_LAYER, stop_logit=-1.0)  # so that some imagined observations say that all is over
     keys, context, observation = random_roots(size=2, lengths=[1, 2])
     plans = plan_fn(params, keys, context, observation)
     chex.assert_shape(plans.actions, (2, 1, SPEC.action_dim))
