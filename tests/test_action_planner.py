@@ -160,6 +160,9 @@ def test_what_does_not_suit_the_model_is_refused():
         with pytest.raises(ValueError, match="goal-conditioned"):
             make(config=with_goals, plan_config=PLAN_CONFIG)
     plan_fn = action_planner.make_cem_plan_fn(config=ONE_LAYER, plan_config=PLAN_CONFIG)
+    with pytest.raises(ValueError, match=r"initial has shape \(1, 3, 2\), expected \(1, 4, 2\)"):
+        short = jnp.zeros([1, 3, SPEC.action_dim])
+        jax.eval_shape(plan_fn, random_params(config=ONE_LAYER), *random_roots(size=1, lengths=[1]), short)
     with pytest.raises(ValueError, match="num_elites=16 must be between 1 and num_candidates=6"):
         jax.eval_shape(
             plan_fn,

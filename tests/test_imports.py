@@ -11,7 +11,7 @@ COMMANDS = {path.stem: path for path in (ROOT / "experiments").glob("*.py") if p
 COMMON = sorted((ROOT / "experiments" / "common").glob("*.py"))
 IMPORTER = """
 import importlib, sys
-sys.modules |= dict.fromkeys(["minari", "gymnasium", "ml_collections"])  # so that importing them fails
+sys.modules |= dict.fromkeys(["minari", "gymnasium", "ml_collections", "mctx"])  # so that importing them fails
 for name in sys.argv[1:]:
     importlib.import_module(name)
 """
@@ -57,8 +57,9 @@ def test_the_library_imports_no_experiment_and_no_flags_and_nothing_imports_the_
         assert "tests" not in {name.split(".")[0] for name in imported(path)}, path
 
 
-def test_networks_planning_training_and_benchmark_need_neither_minari_nor_gymnasium_nor_ml_collections():
+def test_networks_planning_training_and_benchmark_need_neither_minari_nor_gymnasium_nor_ml_collections_nor_mctx():
     modules = ["tt_jax.transformer", "tt_jax.planning", "tt_jax.iql", "tt_jax.training", "experiments.benchmark"]
+    modules += ["tt_jax.action_search", "tt_jax.action_planner"]
     command = [sys.executable, "-c", IMPORTER, *modules]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -52,8 +52,9 @@ def make_mppi_plan_fn(*, search_config: SearchConfig = SearchConfig(), **setting
     """Return the plan_fn of `action_search.mppi`; `settings` are `make_shoot_plan_fn`'s.
 
     The plan_fn takes one argument more, `initial` [B, H, A]: actions around which the first candidates are drawn, such
-    as the last plan after `action_search.shift`. By default it is the best of W plans sampled from the model. Noise is
+    as the last plan after `action_search.shift`. By default it is the plan that `make_shoot_plan_fn` finds. Noise is
     measured in the data's standard deviations, as the bins tell them, and actions stay within the data's range.
+    Raises ValueError for an `initial` of another shape, and for what the planner refuses.
     """
     planner = functools.partial(action_search.mppi, temperature=search_config.temperature)
     return _make_search_plan_fn(planner, search_config, **settings)
@@ -114,6 +115,9 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
         start_key, search_key = jnp.moveaxis(jax.vmap(jax.random.split)(rng_key), 1, 0)
         if initial is None:
             initial = _shoot(params, start_key, root, model).actions
+        expected = (len(rng_key), plan_config.horizon, spec.action_dim)
+        if initial.shape != expected:
+            raise ValueError(f"initial has shape {initial.shape}, expected {expected}: a plan for each environment.")
         centers = jnp.asarray(params.discretizer.centers, jnp.float32)[dims]  # [A, V]
         std = search_config.noise_scale * jnp.std(centers, axis=1)
         return planner(

@@ -47,7 +47,6 @@ def make_tree_plan_fn(
     one_beam = dataclasses.replace(plan_config, beam_width=1, num_elites=1)
     window_config = sequence_planner.make_window_config(config, one_beam, num_transitions=2)
     model = sequence_planner.Model(window_config, one_beam, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
-
     functions = model.functions(score_fn=model.score_fn)
 
     def propose(params, rng_key, state, step):
@@ -57,14 +56,14 @@ def make_tree_plan_fn(
         proposal, pending = functions["propose_fn"](params, rng_key, reading, step)
         return proposal, pending.tokens
 
-    def advance(params, rng_key, state, tokens, beam, expansion, step):
-        chosen = planning.take_candidates(tokens, beam, expansion)[:, 0]  # [B, D]
+    def advance(params, rng_key, state, candidates, beam, expansion, step):
+        chosen = planning.take_candidates(candidates, beam, expansion)[:, 0]  # [B, D]
         before = window.keep_newest(state.context, num_slots - 1)
         short = before.replace(tokens=before.tokens[:, : num_slots - 1])
         read, _ = window.root(params.transformer, short, chosen[:, :-1], config=window_config)
-        row = jax.vmap(lambda rows, length, new: rows.at[length].set(new))(before.tokens, before.length, chosen)
+        tokens = jax.vmap(lambda rows, length, new: rows.at[length].set(new))(before.tokens, before.length, chosen)
         return _State(
-            context=types.Context(tokens=row, length=before.length + 1),
+            context=types.Context(tokens=tokens, length=before.length + 1),
             observed=None,
             reading=model.observe(params, rng_key, read, chosen[:, -1:], step),
         )
