@@ -79,10 +79,10 @@ def test_the_scores_of_given_actions_are_those_of_uncached_passes(name, guided):
     np.testing.assert_array_equal(plans.tokens, tokens)
     np.testing.assert_allclose(plans.scores[:, 0], scores, rtol=1e-5, atol=2e-4)
     assert np.isfinite(plans.scores).all() and (np.diff(plans.scores, axis=1) <= 0).all()
+    actions = tokenization.encode(params.discretizer, plans.actions, dims=ACTION_DIMS)
+    np.testing.assert_array_equal(plans.actions, tokenization.decode(params.discretizer, actions, dims=ACTION_DIMS))
     if name == "cem":  # the plan is the best candidate
-        np.testing.assert_array_equal(
-            tokenization.encode(params.discretizer, plans.actions, dims=ACTION_DIMS), plans.tokens[..., ACTION_DIMS]
-        )
+        np.testing.assert_array_equal(actions, plans.tokens[..., ACTION_DIMS])
 
 
 @pytest.fixture(scope="module")

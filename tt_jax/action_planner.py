@@ -24,7 +24,7 @@ class SearchConfig:
     num_iterations: int = 4  # of drawing beam_width candidates
     num_elites: int = 16  # best candidates, to which CEM fits the next ones
     temperature: float = 1.0  # of MPPI's weights, in units of the score
-    noise_scale: float = 0.5  # of the first candidates, in standard deviations of the data's actions
+    noise_scale: float = 0.5  # of the first candidates, in standard deviations of the bins
     noise_exponent: float = 1.0  # 0: white noise; the higher, the longer an action stays on one side
 
 
@@ -53,7 +53,7 @@ def make_mppi_plan_fn(*, search_config: SearchConfig = SearchConfig(), **setting
 
     The plan_fn takes one argument more, `initial` [B, H, A]: actions around which the first candidates are drawn, such
     as the last plan after `action_search.shift`. By default it is the plan that `make_shoot_plan_fn` finds. Noise is
-    measured in the data's standard deviations, as the bins tell them, and actions stay within the data's range.
+    measured in standard deviations of the bins of each dimension, and the plan's actions are values of bins.
     Raises ValueError for an `initial` of another shape, and for what the planner refuses.
     """
     planner = functools.partial(action_search.mppi, temperature=search_config.temperature)
@@ -119,8 +119,9 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
         if initial.shape != expected:
             raise ValueError(f"initial has shape {initial.shape}, expected {expected}: a plan for each environment.")
         centers = jnp.asarray(params.discretizer.centers, jnp.float32)[dims]  # [A, V]
-        std = search_config.noise_scale * jnp.std(centers, axis=1)
-        return planner(
+        is_distinct = jnp.diff(centers, axis=1, prepend=-jnp.inf) > 0  # bins left over repeat the last one
+        std = search_config.noise_scale * jnp.std(centers, axis=1, where=is_distinct)
+        plan = planner(
             params,
             search_key,
             root,
@@ -132,5 +133,8 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
             num_iterations=search_config.num_iterations,
             noise_exponent=search_config.noise_exponent,
         )
+        actions = tokenization.encode(params.discretizer, plan.actions, dims=dims)
+        actions = tokenization.decode(params.discretizer, actions, dims=dims)  # as the model has read them
+        return plan.replace(action=actions[:, 0], actions=actions)
 
     return plan_fn
