@@ -35,7 +35,7 @@ BOX = [*MAZE, "--config.data.observation_keys=()"]  # for datasets without Dict 
 
 SERVER = """
 import gc, importlib, json, os, sys
-from experiments import entry
+from experiments.common import entry
 
 program = importlib.import_module(sys.argv[1])
 gc.freeze()  # commands that end do not clean up what they share

@@ -9,11 +9,11 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from test_sequence_planner import CONFIG, ONE_LAYER, SPEC, random_params, random_roots
 from transform_checks import check_transforms
 
+from experiments.common import plain_search
 from tt_jax import likelihood_search, planning, sequence_planner, tokenization, types
 
 GOAL_CONFIG = dataclasses.replace(golden.CONFIG, goal_conditioned=True, reference_goal_mask=True)
@@ -192,7 +192,7 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
         plans = plan_fn(params, rng_key, context, observation)
         observed = tokenization.encode(edges, np.asarray(observation), dims=slice(SPEC.observation_dim))
         for env, length in enumerate(case.lengths):
-            tokens, scores = oracle.search_by_likelihood(
+            tokens, scores = plain_search.search_by_likelihood(
                 params.transformer,
                 np.asarray(context.tokens)[env, :length],
                 observed[env],

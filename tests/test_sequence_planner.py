@@ -9,9 +9,9 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
+from experiments.common import plain_search
 from tt_jax import iql, planning, sampling, sequence_planner, tokenization, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=8)
@@ -228,7 +228,7 @@ def test_cached_plans_equal_those_of_uncached_passes(case):
     )
     make = functools.partial(make_drawn_plan_fn, config=CONFIG, plan_config=plan_config)
     cached = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)
-    uncached = make(oracle.make_plan_fn)
+    uncached = make(plain_search.make_plan_fn)
     num_stopped = 0
     for seed, (greedy, stop_logit) in enumerate([(False, -5.0), (True, -5.0), (False, 1.0)]):
         params = random_params(seed=seed, stop_logit=stop_logit)
@@ -255,7 +255,7 @@ def greedy_plans():
 def test_greedy_plans_equal_those_of_uncached_passes(greedy_plans):
     plan_config, plan_fn = greedy_plans
     arguments = (random_params(), *random_roots(size=3, lengths=(3, 1, 0)))
-    uncached = oracle.make_plan_fn(config=CONFIG, plan_config=plan_config)
+    uncached = plain_search.make_plan_fn(config=CONFIG, plan_config=plan_config)
     assert_same_plans(plan_fn(*arguments), uncached(*arguments))
 
 
@@ -379,7 +379,7 @@ def test_bfloat16_predicts_nearly_the_rewards_of_float32():
     half = dataclasses.replace(ONE_LAYER, dtype="bfloat16")
     plan_fn = sequence_planner.make_plan_fn(config=half, **settings)
     got = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(*arguments)
-    expected = oracle.make_plan_fn(config=ONE_LAYER, **settings)(*arguments)
+    expected = plain_search.make_plan_fn(config=ONE_LAYER, **settings)(*arguments)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=0.1)
     assert np.abs(got.scores - expected.scores).max() > 1e-3, "this was not computed in bfloat16"
@@ -400,7 +400,7 @@ def test_a_score_fn_replaces_the_score_and_sees_the_whole_proposal():
     params = random_params(config=ONE_LAYER).replace(extra={"weights": jnp.array([1.0, -2.0])})
     arguments = (random_table(plan_config, 2, 0), False, params, *random_roots(size=2, lengths=(2, 0)))
     got = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)(*arguments)
-    assert_same_plans(got, make(oracle.make_plan_fn)(*arguments))
+    assert_same_plans(got, make(plain_search.make_plan_fn)(*arguments))
 
 
 def test_stop_tokens_can_be_kept_to_whole_transitions():
@@ -443,7 +443,7 @@ def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
     roots = random_roots(size=2, lengths=[0, 2])
     table = random_table(plan_config, 2, seed=3)
     settings = {"config": CONFIG, "plan_config": plan_config}
-    expected = make_drawn_plan_fn(oracle.make_plan_fn, **settings, score_fn=plain_score_fn)(
+    expected = make_drawn_plan_fn(plain_search.make_plan_fn, **settings, score_fn=plain_score_fn)(
         np.asarray(table), False, params, *roots
     )
     guided = sequence_planner.guide_by_q(discount=0.8)

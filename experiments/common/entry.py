@@ -129,7 +129,7 @@ def _log_own_information_to_stdout():
 
 
 def _is_own(path):
-    return pathlib.Path(path).parent == pathlib.Path(__file__).parent
+    return pathlib.Path(__file__).parents[1] in pathlib.Path(path).parents
 
 
 def is_main_process() -> bool:
@@ -170,8 +170,7 @@ def resolve_config(config, *, dataset, workdir):
         _check_same_run(read_config(workdir), config, workdir)
     if is_main_process():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
+            write_json(path, config.to_dict())
         except OSError as error:
             raise UsageError(f"--workdir={workdir} cannot be written: {error}.") from error
     import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
@@ -224,6 +223,12 @@ def _flatten(nested, prefix=""):
     for name, value in nested.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def write_json(path, value):
+    """Write a file, whose folder is made, so that it is never seen in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _replace(path, text):

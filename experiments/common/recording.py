@@ -1,6 +1,7 @@
 """What collecting and importing share: checking a dataset id before the work, writing the dataset after it."""
 
 import contextlib
+import dataclasses
 import io
 import warnings
 from collections.abc import Iterable
@@ -13,6 +14,8 @@ from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
 
 from tt_jax import rollouts
+
+MOVED_WRAPPERS = {"experiments.action_repeat:ActionRepeat": "tt_jax.rollouts:ActionRepeat"}  # in older datasets
 
 
 def check_id(dataset_id: str, *, overwrite: bool) -> None:
@@ -31,6 +34,12 @@ def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
+    if isinstance(env, EnvSpec):
+        wrappers = [
+            dataclasses.replace(wrapper, entry_point=MOVED_WRAPPERS.get(wrapper.entry_point, wrapper.entry_point))
+            for wrapper in env.additional_wrappers
+        ]
+        env = dataclasses.replace(env, additional_wrappers=tuple(wrappers))
     try:
         return gymnasium.make(env, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""The loop that `train_tt` and `train_iql` share: compiled calls between events, metrics, checkpoints, signals."""
+"""The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
 
 import time
 from collections.abc import Callable
@@ -7,17 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from absl import flags
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
-from experiments import entry
+from experiments.common import entry
 from tt_jax import checkpoints, data_parallel, iql_training, training
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
-DATASET = flags.DEFINE_string("dataset", None, "Minari dataset id, in place of the configuration's.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for configuration, metrics and checkpoints.")
-DOWNLOAD = flags.DEFINE_bool("download", False, "Download the dataset from Minari's remote if it is not here.")
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 
