@@ -16,6 +16,7 @@ import tqdm
 from absl import flags, logging
 
 from experiments.common import d4rl, entry, recording, run_flags
+from tt_jax import environments
 
 FILES = flags.DEFINE_list("files", None, "Paths or URLs of HDF5 files, separated by commas.", required=True)
 DATASET = run_flags.new_dataset()
@@ -27,7 +28,7 @@ OVERWRITE = run_flags.overwrite()
 
 def main(_):
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
-    env = recording.make_env(ENV.value)
+    env = environments.make(ENV.value)
     goal_maze = isinstance(env.observation_space, gymnasium.spaces.Dict)
     with tempfile.TemporaryDirectory() as folder:
         paths = [d4rl.fetch(source, folder) for source in FILES.value]

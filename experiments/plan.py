@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, run_flags
-from tt_jax import rollouts, sequence_planner, transformer
+from tt_jax import environments, rollouts, sequence_planner, transformer
 
 WORKDIR = run_flags.workdir(text="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
@@ -30,7 +30,13 @@ VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episod
 PLANNER = flags.DEFINE_enum(
     "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
 )
-ENV = flags.DEFINE_string("env", None, "Environment id, in place of the dataset's environment.")
+ENV = flags.DEFINE_string("env", None, "Environment id, or MODULE:ID, in place of the dataset's environment.")
+TRUST = flags.DEFINE_bool(
+    "trust_environment", False, "Run whatever code the dataset names as its environment, not only gymnasium's."
+)
+MAX_EPISODE_STEPS = flags.DEFINE_integer(
+    "max_episode_steps", None, "Cut episodes after so many steps; by default as the environment or the data does.", 1
+)
 
 
 class _PairParser(flags.ArgumentParser):
@@ -61,7 +67,7 @@ PLAN = {
     field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
     for field in dataclasses.fields(sequence_planner.PlanConfig)
 }
-SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)
+SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
 
 
 def main(_):
@@ -80,12 +86,18 @@ def main(_):
         sequence_planner.PlanConfig, {"discount": run["data"]["discount"]} | run["plan"] | overrides
     )
     data_config = datasets.data_config(run["data"])
-    make_env = functools.partial(control.make_env, run, env_id=ENV.value, goal=GOAL.value or ())
+    settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
+    make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
     if model.goal_conditioned and PLANNER.value == "reward":
         raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
     if learners and PLANNER.value != "reward":
         raise ValueError("--iql_workdir guides --planner=reward alone.")
-    envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
+    try:
+        envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
+    except environments.Untrusted as error:
+        raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run it.") from error
+    except environments.Unavailable as error:
+        raise ValueError(f"{error}; pass --env=ID.") from error
     rollouts.check_spaces(envs, model.spec, config=data_config)
     goal_space = getattr(envs.single_observation_space, "spaces", {}).get("desired_goal")
     if model.goal_conditioned and (not goal_space or 2 * goal_space.shape[0] != model.spec.observation_dim):

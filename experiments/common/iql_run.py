@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import checkpoints, data_parallel, iql, iql_training, rollouts, trajectories
+from tt_jax import checkpoints, data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -36,7 +36,10 @@ def train(config, workdir, *, preemption, download=False):
         observation_dim=loaded.observations.shape[1],
         action_dim=loaded.actions.shape[1],
     )
-    run = config.to_dict() | {"env_spec": datasets.env_spec(config.dataset)}
+    run = config.to_dict() | {
+        "env_spec": datasets.env_spec(config.dataset),
+        "max_path_length": loaded.max_path_length,
+    }
     units = iql.fit_units(transitions, config=iql_config)
     state = iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units)
     if checkpoints.latest_step(workdir) is not None:
@@ -83,9 +86,17 @@ def _resume(workdir, fresh, iql_config):
 
 
 def _make_evaluate(run, data_config, iql_config):
-    """Return evaluate(state): the mean return and success of every learner's policy, acting by its mean."""
+    """Return evaluate(state): the mean return and success of every learner's policy, acting by its mean.
+
+    None, with a warning, if the data does not bring an environment that can be made here.
+    """
     num_episodes = run["eval"]["num_episodes"]
-    envs = rollouts.vectorize(functools.partial(control.make_env, run, goal=run["eval"]["goal"]), num_episodes)
+    make_env = functools.partial(control.make_env, run, goal=run["eval"]["goal"])
+    try:
+        envs = rollouts.vectorize(make_env, num_episodes)
+    except environments.Unavailable as error:
+        logging.warning("%s; the policies are not evaluated, as with --config.eval.num_episodes=0.", error)
+        return None
     rollouts.check_spaces(envs, iql_config, config=data_config)
 
     def evaluate(state):

@@ -1,21 +1,15 @@
 """What collecting and importing share: checking a dataset id before the work, writing the dataset after it."""
 
-import contextlib
-import dataclasses
-import io
 import warnings
 from collections.abc import Iterable
 
 import gymnasium
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
 
 from tt_jax import rollouts
-
-MOVED_WRAPPERS = {"experiments.action_repeat:ActionRepeat": "tt_jax.rollouts:ActionRepeat"}  # in older datasets
 
 
 def check_id(dataset_id: str, *, overwrite: bool) -> None:
@@ -26,24 +20,6 @@ def check_id(dataset_id: str, *, overwrite: bool) -> None:
     path = minari.storage.get_dataset_path(dataset_id)
     if path.exists() and not overwrite:
         raise ValueError(f"Dataset {dataset_id} already exists at {path}; pass --overwrite or choose another id.")
-
-
-def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
-    """Make an environment of gymnasium or, if installed, gymnasium-robotics; an unknown one is a ValueError."""
-    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints news of its hands
-        import gymnasium_robotics
-
-        gymnasium.register_envs(gymnasium_robotics)
-    if isinstance(env, EnvSpec):
-        wrappers = [
-            dataclasses.replace(wrapper, entry_point=MOVED_WRAPPERS.get(wrapper.entry_point, wrapper.entry_point))
-            for wrapper in env.additional_wrappers
-        ]
-        env = dataclasses.replace(env, additional_wrappers=tuple(wrappers))
-    try:
-        return gymnasium.make(env, **kwargs)
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"Environment {getattr(env, 'id', env)} cannot be made: {error}") from error
 
 
 def to_buffer(episode: rollouts.Episode) -> EpisodeBuffer:

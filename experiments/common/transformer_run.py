@@ -44,7 +44,7 @@ def train(config, workdir, *, preemption, download=False):
         return
     state, store = training_loop.place(state), training_loop.place(data.train)
     seed = data_parallel.replicate(np.uint32(config.seed))
-    run = config.to_dict() | {"env_spec": data.env_spec}
+    run = config.to_dict() | {"env_spec": data.env_spec, "max_path_length": data.config.max_path_length}
     tokens_per_step = train_config.batch_size * model_config.block_size
 
     def save(writer, step, host):
