@@ -17,7 +17,7 @@ from tt_jax import environments
 ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
 DATASET = run_flags.new_dataset()
 STEPS = flags.DEFINE_integer("steps", 20_000, "Least number of transitions; the last episode is completed.", 1)
-SEED = run_flags.seed("Seed of starts, goals and noise.")
+SEED = run_flags.seed(help="Seed of starts, goals and noise.")
 NOISE = flags.DEFINE_float("noise", 2.0, "Largest standard deviation of the action noise.", 0.0)
 REWARD = flags.DEFINE_enum(
     "reward", "dense", ["dense", "sparse"], "exp(-distance to the goal), or 1 within 0.45 of it."

@@ -9,7 +9,6 @@ command goes on where it was interrupted.
 
 import dataclasses
 import functools
-import pathlib
 
 import gymnasium
 import numpy as np
@@ -19,9 +18,11 @@ from experiments.common import control, datasets, entry, figures, run_flags, sta
 from tt_jax import checkpoints, environments, rollouts, trajectories
 
 CONFIG, DATASET = run_flags.config("four_rooms"), run_flags.dataset()
-WORKDIR, DOWNLOAD = run_flags.workdir("runs/four_rooms"), run_flags.download()
-SEED = run_flags.seed("Seed of everything: data, training, and the episodes that are played.", upper=2**31 // 10**6)
-DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(1600), run_flags.num_episodes(48)
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/four_rooms"), run_flags.download()
+SEED = run_flags.seed(
+    help="Seed of everything: data, training, and the episodes that are played.", upper_bound=2**31 // 10**6
+)
+DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(default=1600), run_flags.num_episodes(default=48)
 
 # Walls are #; the cells h are held out: no episode of the data has its goal there or ends there.
 MAP = """
@@ -37,6 +38,7 @@ MAP = """
 """
 DATA_SECONDS, EPISODE_SECONDS = 3, 4  # of 100 environment steps: the longest way takes the controller 2.2
 MAX_NOISE = 0.8  # largest standard deviation of the controller's action noise in the data
+NUM_ENVS = 32  # at most, in step
 # What is played: a name, the cells that goals are drawn from, and who acts.
 PLAYED = {
     "random": ("h", "random"),
@@ -47,30 +49,21 @@ PLAYED = {
 
 
 def main(_):
-    preemption = entry.Preemption()
-    config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
-    config.seed, config.dataset = SEED.value, DATASET.value or config.dataset
-    numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
-
-    def run():
-        resolved = entry.resolve_config(config, dataset=None, workdir=workdir)
-        held_out = f"{len(_cells('h'))} of {len(_cells('h.'))} cells held out as goals"
-        return stages.learn_and_play(
-            resolved,
-            workdir,
-            environment=f"point maze of four rooms, {held_out}",
-            collect_fn=lambda: _collect(resolved, preemption),
-            play_title="go to goals",
-            policies=PLAYED,
-            play_fn=lambda name: _play(resolved, workdir, name, preemption),
-            draw_fn=lambda played: _draw(resolved, workdir, played["likelihood search"]),
-            summarize_fn=_summarize,
-            preemption=preemption,
-            download=DOWNLOAD.value,
-        )
-
-    results = stages.results(workdir, numbers | {"config": config.to_dict()}, run)
-    stages.report(workdir, _table(results), "four_rooms.png", "learning_curve.png")
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    held_out = f"{len(_cells('h'))} of {len(_cells('h.'))} cells held out as goals"
+    results = stages.learn_and_play(
+        experiment,
+        numbers={flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)},
+        environment=f"point maze of four rooms, {held_out}",
+        collect_fn=_collect,
+        play_title="go to goals",
+        policies=PLAYED,
+        play_fn=_play,
+        draw_fn=_draw,
+        summarize_fn=_summarize,
+        download=DOWNLOAD.value,
+    )
+    stages.report(experiment, _table(results), "four_rooms.png", "learning_curve.png")
 
 
 def _cells(marks) -> list[tuple[int, int]]:
@@ -91,7 +84,7 @@ def _controller(max_noise) -> rollouts.Policy:
     return waypoint_controller.make_policy(make_env(".", seconds=1).unwrapped.maze, max_noise=max_noise)
 
 
-def _collect(config, preemption) -> dict:
+def _collect(experiment) -> dict:
     """Record the dataset and describe it.
 
     An episode ends when it rests in its goal, since data that is mostly rest teaches a model to rest. Those that do not
@@ -104,13 +97,11 @@ def _collect(config, preemption) -> dict:
         return tuple(maze.cell_xy_to_rowcol(goal).tolist()) not in held_out
 
     kept = stages.collect(
-        config.dataset,
+        experiment,
         functools.partial(make_env, ".", seconds=DATA_SECONDS),
         _controller(MAX_NOISE),
-        seeds=stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True),
-        data=config.data,
+        stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True),
         description="Waypoint controller with noise in four rooms.",
-        preemption=preemption,
         select_fn=lambda episodes: list(filter(ends_in_a_goal_cell, map(_until_rest, episodes))),
     )
     return {
@@ -131,27 +122,22 @@ def _until_rest(episode) -> rollouts.Episode:
     return dataclasses.replace(episode, observations=episode.observations[: length + 1], **fields)
 
 
-def _play(config, workdir, name, preemption) -> list[dict]:
+def _play(experiment, name) -> list[dict]:
     """Play the episodes of one policy and describe each of them, or read what was played before."""
     goals, actor = PLAYED[name]
     make_policy = {
         "random": lambda: control.act_randomly,
         "controller": lambda: _controller(0.0),
-        "planner": lambda: _plan_policy(config, workdir),
+        "planner": lambda: _plan_policy(experiment),
     }[actor]
 
     def play():
-        episodes, _ = stages.play(
-            functools.partial(make_env, goals, seconds=EPISODE_SECONDS),
-            make_policy(),
-            seeds=stages.reset_seeds(SEED.value, NUM_EPISODES.value),
-            data=config.data,
-            title=name,
-            preemption=preemption,
-        )
+        seeds = stages.reset_seeds(SEED.value, NUM_EPISODES.value)
+        make = functools.partial(make_env, goals, seconds=EPISODE_SECONDS)
+        episodes, _ = stages.play(experiment, make, make_policy(), seeds, title=name, num_envs=NUM_ENVS)
         return list(map(_describe, episodes))
 
-    return stages.once(workdir / "episodes" / f"{list(PLAYED).index(name)}.json", play)
+    return stages.once(experiment.workdir / "episodes" / f"{list(PLAYED).index(name)}.json", play)
 
 
 def _describe(episode) -> dict:
@@ -165,17 +151,16 @@ def _describe(episode) -> dict:
     }
 
 
-def _plan_policy(config, workdir) -> rollouts.Policy:
-    sizes = {"seed": SEED.value, "max_batch": min(NUM_EPISODES.value, stages.NUM_ENVS)}
-    discount = config.data.discount
-    return stages.planner(checkpoints.restore(workdir), config.plan, discount=discount, **sizes, by_likelihood=True)
+def _plan_policy(experiment) -> rollouts.Policy:
+    checkpoint, max_batch = checkpoints.restore(experiment.workdir), min(NUM_EPISODES.value, NUM_ENVS)
+    return stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=max_batch, by_likelihood=True)
 
 
-def _draw(config, workdir, episodes):
+def _draw(experiment, played):
     """Draw where the data ends beside the paths to goals where it never does."""
-    data = trajectories.load(config.dataset, config=datasets.data_config(config.data))
+    data = trajectories.load(experiment.config.dataset, config=datasets.data_config(experiment.config.data))
     ends = data.observations[data.offsets[1:] - 1, :2]
-    episodes = sorted(episodes, key=lambda episode: not episode["success"])  # misses on top
+    episodes = sorted(played["likelihood search"], key=lambda episode: not episode["success"])  # misses on top
     maze = make_env("h", seconds=1).unwrapped.maze  # its goals are the held-out cells
     figure = Figure(figsize=(12, 6.3), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -190,7 +175,7 @@ def _draw(config, workdir, episodes):
     figures.add_maze_legend(right)
     reached = sum(episode["success"] for episode in episodes)
     right.set_title(f"{reached} of {len(episodes)} episodes reach their held-out goal, the red ones do not")
-    figures.save(figure, workdir / "figures" / "four_rooms.png")
+    figures.save(figure, experiment.workdir / "figures" / "four_rooms.png")
 
 
 def _summarize(episodes) -> dict:

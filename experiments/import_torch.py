@@ -19,7 +19,7 @@ from tt_jax import checkpoints, torch_import, training, transformer
 
 STATE_DICT = flags.DEFINE_string("state_dict", None, "File that torch.save wrote of model.state_dict().", required=True)
 CONFIG, DATASET = run_flags.config(), run_flags.dataset()
-WORKDIR = run_flags.workdir(text="Folder for configuration and checkpoint, without checkpoints so far.")
+WORKDIR = run_flags.workdir(help="Folder for configuration and checkpoint, without checkpoints so far.")
 NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Attention heads, of which the file has no trace.", 1)
 
 

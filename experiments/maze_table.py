@@ -8,33 +8,22 @@ and figures: the paths of each method in the maze, with V as a heat map beneath,
 same command goes on where it was interrupted.
 """
 
-import pathlib
-
-from experiments.common import comparison, entry, run_flags
+from experiments.common import comparison, entry, run_flags, stages
 
 CONFIG, DATASET = run_flags.config(), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
-SEED = run_flags.seed("Seed of the first training and of the first episode.")
-NUM_SEEDS = run_flags.num_seeds()
-NUM_EPISODES = run_flags.num_episodes(50, "Episodes that each trained model plays.")
-NUM_ENVS = run_flags.num_envs(25, "Environments that are played in step.")
+SEED = run_flags.seed(help="Seed of the first training and of the first episode.")
+NUM_SEEDS = run_flags.num_seeds(default=None)
+NUM_EPISODES = run_flags.num_episodes(default=50, help="Episodes that each trained model plays.")
+NUM_ENVS = run_flags.num_envs(default=25)
 
 
 def main(_):
-    preemption = entry.Preemption()
     if not CONFIG.value or not WORKDIR.value:
         raise entry.UsageError("--config and --workdir are needed.")
-    CONFIG.value.dataset = DATASET.value or CONFIG.value.dataset
-    comparison.compare(
-        CONFIG.value,
-        pathlib.Path(WORKDIR.value),
-        seed=SEED.value,
-        num_seeds=NUM_SEEDS.value,
-        num_episodes=NUM_EPISODES.value,
-        num_envs=NUM_ENVS.value,
-        download=DOWNLOAD.value,
-        preemption=preemption,
-    )
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    sizes = {flag.name: flag.value for flag in (NUM_SEEDS, NUM_EPISODES, NUM_ENVS)}
+    comparison.compare(experiment, **sizes, download=DOWNLOAD.value)
 
 
 if __name__ == "__main__":

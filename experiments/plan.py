@@ -20,11 +20,11 @@ from absl import flags
 from experiments.common import control, datasets, entry, run_flags
 from tt_jax import environments, rollouts, sequence_planner, transformer
 
-WORKDIR = run_flags.workdir(text="Folder of the training run.", required=True)
+WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
-NUM_EPISODES = run_flags.num_episodes(20, "Episodes to play.", lower=1)
-NUM_ENVS = run_flags.num_envs(10, "Environments that are planned together; each episode has its own seed.")
-SEED = run_flags.seed("Seed of the planner and of the first episode; each further one adds 1.", upper=2**31)
+NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
+NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
+SEED = run_flags.seed(help="Seed of the planner and of the first episode; each further one adds 1.", upper_bound=2**31)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
 PLANNER = flags.DEFINE_enum(

@@ -6,9 +6,6 @@ Minutes on 2 CPU cores. What is done is kept in the workdir: the same command go
 where the results are. The dataset is stored there, too, not among the user's own Minari datasets.
 """
 
-import functools
-import pathlib
-
 import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,9 +14,9 @@ from experiments.common import control, entry, figures, run_flags, stages, waypo
 from tt_jax import checkpoints, environments, rollouts, tokenization
 
 CONFIG, DATASET = run_flags.config("quickstart"), run_flags.dataset()
-WORKDIR, DOWNLOAD = run_flags.workdir("runs/quickstart"), run_flags.download()
-SEED = run_flags.seed("Seed of everything: data, training, planning, and the episodes that are played.")
-DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(1600), run_flags.num_episodes(24)
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/quickstart"), run_flags.download()
+SEED = run_flags.seed(help="Seed of everything: data, training, planning, and the episodes that are played.")
+DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(default=1600), run_flags.num_episodes(default=24)
 
 EPISODE_STEPS = 300
 MAX_NOISE = 2.0  # largest standard deviation of the behaviour policy's action noise
@@ -28,29 +25,20 @@ POLICIES = ("random", "behaviour", "behaviour without noise", "beam search")
 
 
 def main(_):
-    preemption = entry.Preemption()
-    config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
-    config.seed, config.dataset = SEED.value, DATASET.value or config.dataset
-    numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
-
-    def run():
-        resolved = entry.resolve_config(config, dataset=None, workdir=workdir)
-        return stages.learn_and_play(
-            resolved,
-            workdir,
-            environment="PointMaze_UMaze-v3 with dense reward",
-            collect_fn=lambda: _collect(resolved, preemption),
-            play_title="control the maze",
-            policies=POLICIES,
-            play_fn=lambda name: _play(resolved, workdir, name, preemption),
-            draw_fn=functools.partial(_draw, workdir),
-            summarize_fn=_summarize,
-            preemption=preemption,
-            download=DOWNLOAD.value,
-        )
-
-    results = stages.results(workdir, numbers | {"config": config.to_dict()}, run)
-    stages.report(workdir, _table(results), "maze.png", "learning_curve.png")
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    results = stages.learn_and_play(
+        experiment,
+        numbers={flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)},
+        environment="PointMaze_UMaze-v3 with dense reward",
+        collect_fn=_collect,
+        play_title="control the maze",
+        policies=POLICIES,
+        play_fn=_play,
+        draw_fn=_draw,
+        summarize_fn=_summarize,
+        download=DOWNLOAD.value,
+    )
+    stages.report(experiment, _table(results), "maze.png", "learning_curve.png")
 
 
 def make_env() -> gymnasium.Env:
@@ -63,17 +51,11 @@ def _waypoint_policy(max_noise) -> rollouts.Policy:
     return waypoint_controller.make_policy(make_env().unwrapped.maze, max_noise=max_noise)
 
 
-def _collect(config, preemption) -> dict:
+def _collect(experiment) -> dict:
     """Record the dataset and describe it."""
-    episodes = stages.collect(
-        config.dataset,
-        make_env,
-        _waypoint_policy(MAX_NOISE),
-        seeds=stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True),
-        data=config.data,
-        description="Waypoint controller with noise, see the quickstart.",
-        preemption=preemption,
-    )
+    seeds = stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True)
+    description = "Waypoint controller with noise, see the quickstart."
+    episodes = stages.collect(experiment, make_env, _waypoint_policy(MAX_NOISE), seeds, description=description)
     return {
         "episodes": len(episodes),
         "transitions": sum(episode.length for episode in episodes),
@@ -81,7 +63,7 @@ def _collect(config, preemption) -> dict:
     }
 
 
-def _play(config, workdir, name, preemption) -> dict[str, np.ndarray]:
+def _play(experiment, name) -> dict[str, np.ndarray]:
     """Play the episodes with one policy, or read what was played before."""
 
     def play():
@@ -90,12 +72,10 @@ def _play(config, workdir, name, preemption) -> dict[str, np.ndarray]:
             "random": lambda: control.act_randomly,
             "behaviour": lambda: _waypoint_policy(MAX_NOISE),
             "behaviour without noise": lambda: _waypoint_policy(0.0),
-            "beam search": lambda: _plan_policy(config, workdir, plans),
+            "beam search": lambda: _plan_policy(experiment, plans),
         }
-        policy, seeds = make_policy[name](), stages.reset_seeds(SEED.value, NUM_EPISODES.value)
-        episodes, counts = stages.play(
-            make_env, policy, seeds=seeds, data=config.data, title=name, preemption=preemption
-        )
+        seeds = stages.reset_seeds(SEED.value, NUM_EPISODES.value)
+        episodes, counts = stages.play(experiment, make_env, make_policy[name](), seeds, title=name)
         observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]: all are equally long
         return {
             "seconds_per_action": counts["seconds"] / counts["actions"],
@@ -106,24 +86,23 @@ def _play(config, workdir, name, preemption) -> dict[str, np.ndarray]:
             "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
         }
 
-    return stages.once(workdir / "control" / f"{name.replace(' ', '_')}.npz", play, title=name)
+    return stages.once(experiment.workdir / "control" / f"{name.replace(' ', '_')}.npz", play, title=name)
 
 
-def _plan_policy(config, workdir, plans) -> rollouts.Policy:
+def _plan_policy(experiment, plans) -> rollouts.Policy:
     """Make the policy that plans with the trained model; it appends the positions it imagines to `plans`."""
-    checkpoint = checkpoints.restore(workdir)
+    checkpoint = checkpoints.restore(experiment.workdir)
 
     def note(output):
         tokens = np.asarray(output.tokens)[..., :2]
         plans.append(tokenization.decode(checkpoint.tokenizer, tokens, dims=slice(2)).astype(np.float32))
 
-    sizes = {"discount": config.data.discount, "seed": SEED.value, "max_batch": NUM_EPISODES.value}
-    policy = stages.planner(checkpoint, config.plan, **sizes, on_plan=note)
+    policy = stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=NUM_EPISODES.value, on_plan=note)
     plans.clear()  # of the compilation
     return policy
 
 
-def _draw(workdir, played):
+def _draw(experiment, played):
     """Draw the maze with executed trajectories on the left and imagined plans on the right."""
     record = played["beam search"]
     positions, goals = record["positions"], record["goals"]
@@ -140,7 +119,7 @@ def _draw(workdir, played):
     right.set_title("What it imagined: the best plans of one episode")
     for axes in (left, right):
         figures.add_maze_legend(axes)
-    figures.save(figure, workdir / "figures" / "maze.png")
+    figures.save(figure, experiment.workdir / "figures" / "maze.png")
 
 
 def _summarize(record) -> dict:

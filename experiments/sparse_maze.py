@@ -7,7 +7,6 @@ the way from the evaluation's start to its goal. The reward is 1 in the goal, wh
 """
 
 import functools
-import pathlib
 
 import gymnasium
 import numpy as np
@@ -17,11 +16,11 @@ from experiments.common import comparison, entry, run_flags, stages, waypoint_co
 from tt_jax import environments, rollouts
 
 CONFIG, DATASET = run_flags.config("sparse_maze"), run_flags.dataset()
-WORKDIR, DOWNLOAD = run_flags.workdir("runs/sparse_maze"), run_flags.download()
-SEED = run_flags.seed("Seed of the data, of the first training and of the first episode.")
-DATA_EPISODES, NUM_SEEDS = run_flags.data_episodes(2500), run_flags.num_seeds(3)
-NUM_EPISODES = run_flags.num_episodes(50, "Episodes that each trained model plays.")
-NUM_ENVS = run_flags.num_envs(25, "Environments that are played in step.")
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/sparse_maze"), run_flags.download()
+SEED = run_flags.seed(help="Seed of the data, of the first training and of the first episode.")
+DATA_EPISODES, NUM_SEEDS = run_flags.data_episodes(default=2500), run_flags.num_seeds(default=3)
+NUM_EPISODES = run_flags.num_episodes(default=50, help="Episodes that each trained model plays.")
+NUM_ENVS = run_flags.num_envs(default=25)
 
 DATA_STEPS, EVAL_STEPS = 80, 750  # environment steps; the noiseless controller takes about 220 from start to goal
 START, GOAL = (1, 1), (6, 6)  # cells (row, column)
@@ -29,26 +28,17 @@ MAX_NOISE = 1.0  # largest standard deviation of the behaviour policy's action n
 
 
 def main(_):
-    preemption = entry.Preemption()
-    config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
-    config.dataset = DATASET.value or config.dataset
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    workdir = experiment.workdir
     stages.keep_datasets_in(workdir)
     with stages.stage("collect data with a scripted controller"):
-        record = stages.once(workdir / "data.json", lambda: _collect(config, preemption))
+        record = stages.once(workdir / "data.json", lambda: _collect(experiment))
     asked = {"episodes": DATA_EPISODES.value, "seed": SEED.value}
     found = {name: record.get(name) for name in asked}
     if found != asked:
         raise entry.UsageError(f"{workdir} holds data with {found}, not {asked}; use another --workdir.")
-    comparison.compare(
-        config,
-        workdir,
-        seed=SEED.value,
-        num_seeds=NUM_SEEDS.value,
-        num_episodes=NUM_EPISODES.value,
-        num_envs=NUM_ENVS.value,
-        download=DOWNLOAD.value,
-        preemption=preemption,
-    )
+    sizes = {flag.name: flag.value for flag in (NUM_SEEDS, NUM_EPISODES, NUM_ENVS)}
+    comparison.compare(experiment, **sizes, download=DOWNLOAD.value)
 
 
 def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnasium.Env:
@@ -69,18 +59,16 @@ def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnas
     return rollouts.ActionRepeat(rollouts.FixedGoal(env, goal), waypoint_controller.ACTION_REPEAT)
 
 
-def _collect(config, preemption) -> dict:
+def _collect(experiment) -> dict:
     """Record the dataset and describe it."""
     make_data_env = functools.partial(make_env, start=None, max_episode_steps=DATA_STEPS)
     first = 1_000_000 * (1 + SEED.value)  # no episode of the data is played again for the table
     episodes = stages.collect(
-        config.dataset,
+        experiment,
         make_data_env,
         _behaviour_policy(make_data_env().unwrapped.maze),
-        seeds=range(first, first + DATA_EPISODES.value),
-        data=config.data,
+        range(first, first + DATA_EPISODES.value),
         description="Waypoint controller with noise between random cells, cut short, see experiments/sparse_maze.py.",
-        preemption=preemption,
         eval_env=make_env(start=START, max_episode_steps=EVAL_STEPS),
     )
     transitions = sum(episode.length for episode in episodes)

@@ -10,7 +10,7 @@ from experiments.common import entry, iql_run, run_flags
 
 CONFIG, DATASET = run_flags.config(), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
-NUM_SEEDS = run_flags.num_seeds()
+NUM_SEEDS = run_flags.num_seeds(default=None)
 
 
 def main(_):

@@ -1,10 +1,8 @@
 """Behaviour cloning, IQL's policy and the Trajectory Transformer, alone and guided by IQL's Q, compared in a maze."""
 
 import functools
-import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -21,79 +19,62 @@ SHOWN_EPISODES = 20  # of each method in the figure
 
 
 def compare(
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    *,
-    seed: int,
-    num_seeds: int | None,
-    num_episodes: int,
-    num_envs: int,
-    download: bool,
-    preemption: entry.Preemption,
+    experiment: stages.Experiment, *, num_seeds: int | None, num_episodes: int, num_envs: int, download: bool
 ) -> None:
-    """Train every method from `seed` on, let it play, and report; what is done is not done again.
+    """Train every method, let it play, and report; what is done is not done again.
 
-    `num_seeds` trainings of each method (None: as `config` says) play the same episodes, with reset seeds from `seed`.
+    `num_seeds` trainings of each method (None: as the configuration says), from its seed on, play the same episodes,
+    whose reset seeds go on from there, too.
     """
-    num_seeds = num_seeds or config.iql_train.num_seeds
-    config.seed, config.iql_train.num_seeds = seed, num_seeds
+    config, seed = experiment.config, experiment.config.seed
+    num_seeds = config.iql_train.num_seeds = num_seeds or config.iql_train.num_seeds
     numbers = {"seed": seed, "num_episodes": num_episodes, "num_seeds": num_seeds}
     seeds = range(seed, seed + num_seeds)
 
     def run():
-        train = functools.partial(_train, config, workdir, preemption=preemption, download=download)
+        train = functools.partial(_train, experiment, download=download)
         for name in ("bc", "iql"):
             with stages.stage(f"train {METHODS[name]}, {num_seeds} seeds"):
                 train(name)
         for each in seeds:
             with stages.stage(f"train the Trajectory Transformer, seed {each}"):
                 train(f"tt_{each}", seed=each)
-        play = functools.partial(_play, config, workdir, num_envs=min(num_envs, num_episodes), preemption=preemption)
+        play = functools.partial(_play, experiment, range(seed, seed + num_episodes), min(num_envs, num_episodes))
         with stages.stage("play"):
-            reset_seeds = range(seed, seed + num_episodes)
-            played = {name: [play(name, i, each, reset_seeds) for i, each in enumerate(seeds)] for name in METHODS}
+            played = {name: [play(name, i, each) for i, each in enumerate(seeds)] for name in METHODS}
         data = trajectories.load(config.dataset, config=datasets.data_config(config.data))
         with stages.stage("draw figures"):
-            _draw_paths(config, workdir, played, data)
-            _draw_curves(workdir)
+            _draw_paths(experiment, played, data)
+            _draw_curves(experiment.workdir)
         return {
             "dataset": config.dataset,
-            "data": _describe_data(config, workdir, data),
+            "data": _describe_data(experiment, data),
             "methods": {name: _summarize(records) for name, records in played.items()},
         }
 
-    results = stages.results(workdir, numbers | {"config": config.to_dict()}, run)
-    stages.report(workdir, _table(results))
+    stages.report(experiment, _table(stages.results(experiment, numbers, run)))
 
 
-def _train(config, workdir, name, *, seed=None, preemption, download):
+def _train(experiment, name, *, seed=None, download):
     """Train the learners of "bc" or "iql", or one transformer with its own seed, in the folder `name`."""
-    run_config, folder = config.copy_and_resolve_references(), str(workdir / name)
+    run_config, folder = experiment.config.copy_and_resolve_references(), str(experiment.workdir / name)
     if seed is not None:
         run_config.seed = seed
     if name == "bc":  # the policy's weights exp(0 * advantage) are all 1
         run_config.iql.temperature = 0.0
-        run_config.iql_train.num_steps = config.table.bc_steps
+        run_config.iql_train.num_steps = run_config.table.bc_steps
     resolved = entry.resolve_config(run_config, dataset=None, workdir=folder)
     train = iql_run.train if name in METHODS else transformer_run.train
-    train(resolved, folder, preemption=preemption, download=download)
+    train(resolved, folder, preemption=experiment.preemption, download=download)
 
 
-def _play(config, workdir, name, learner, seed, reset_seeds, *, num_envs, preemption) -> dict[str, np.ndarray]:
+def _play(experiment, reset_seeds, num_envs, name, learner, seed) -> dict[str, np.ndarray]:
     """Play the episodes with one trained model, or read what was played before."""
     title = f"{METHODS[name]}, seed {seed}"
 
     def play():
-        policy = _make_policy(config, workdir, name, learner, seed, num_envs)
-        episodes, _ = stages.play(
-            lambda: _make_env(config, workdir),
-            policy,
-            seeds=reset_seeds,
-            data=config.data,
-            title=title,
-            preemption=preemption,
-            num_envs=num_envs,
-        )
+        policy, make_env = _make_policy(experiment, name, learner, seed, num_envs), _make_env_fn(experiment)
+        episodes, _ = stages.play(experiment, make_env, policy, reset_seeds, title=title, num_envs=num_envs)
         longest = max(episode.length for episode in episodes)
         positions = np.full((len(episodes), longest + 1, 2), np.nan, np.float32)
         for row, episode in zip(positions, episodes, strict=True):
@@ -105,33 +86,34 @@ def _play(config, workdir, name, learner, seed, reset_seeds, *, num_envs, preemp
             "positions": positions,
         }
 
-    return stages.once(workdir / "episodes" / f"{name}_{seed}.npz", play, title=title)
+    return stages.once(experiment.workdir / "episodes" / f"{name}_{seed}.npz", play, title=title)
 
 
-def _make_env(config, workdir):
-    return control.make_env(_restore_learners(workdir, "iql").run, goal=config.eval.goal)
+def _make_env_fn(experiment):
+    run = _restore_learners(experiment, "iql").run
+    return functools.partial(control.make_env, run, goal=experiment.config.eval.goal)
 
 
-def _restore_learners(workdir, name):
-    return control.restore(str(workdir / name), iql.IQLConfig, program="train_iql")
+def _restore_learners(experiment, name):
+    return control.restore(str(experiment.workdir / name), iql.IQLConfig, program="train_iql")
 
 
-def _make_policy(config, workdir, name, learner, seed, num_envs) -> rollouts.Policy:
+def _make_policy(experiment, name, learner, seed, num_envs) -> rollouts.Policy:
     if name in ("bc", "iql"):
-        learners = control.stack_learners(_restore_learners(workdir, name).params)
+        learners = control.stack_learners(_restore_learners(experiment, name).params)
         return rollouts.observation_policy(control.mean_action_fn(jax.tree.map(lambda leaf: leaf[learner], learners)))
-    checkpoint = control.restore(str(workdir / f"tt_{seed}"), transformer.TransformerConfig, program="train_tt")
-    learners, discount = None, config.data.discount
+    folder, guidance = str(experiment.workdir / f"tt_{seed}"), {}
+    checkpoint = control.restore(folder, transformer.TransformerConfig, program="train_tt")
     if name == "tt_q":
-        guide = control.restore_iql(str(workdir / "iql"), checkpoint.run)
-        learners, discount = jax.tree.map(lambda leaf: leaf[learner : learner + 1], guide.params), guide.config.discount
-    sizes = {"discount": discount, "seed": seed, "max_batch": num_envs}
-    return stages.planner(checkpoint, config.plan, **sizes, learners=learners)
+        guide = control.restore_iql(str(experiment.workdir / "iql"), checkpoint.run)
+        learners = jax.tree.map(lambda leaf: leaf[learner : learner + 1], guide.params)
+        guidance = {"learners": learners, "discount": guide.config.discount}
+    return stages.planner(experiment, checkpoint, seed=seed, max_batch=num_envs, **guidance)
 
 
-def _describe_data(config, workdir, data) -> dict:
+def _describe_data(experiment, data) -> dict:
     """Count the episodes, those that reach the goal, and those that do so from the evaluation's start cell."""
-    maze = _make_env(config, workdir).unwrapped.maze
+    maze = _make_env_fn(experiment)().unwrapped.maze
     starts = data.observations[data.offsets[:-1], :2]
     distance = np.abs(starts[:, None] - np.array(maze.unique_reset_locations)[None]).max(axis=-1)  # [E, cells]
     from_start = (distance < maze.maze_size_scaling / 2).any(axis=1)
@@ -157,12 +139,12 @@ def _summarize(records) -> dict:
     return {"success": control.mean_and_error(each), "success_by_seed": by_seed, "episodes": episodes}
 
 
-def _draw_paths(config, workdir, played, data):
+def _draw_paths(experiment, played, data):
     """Draw the paths of each method over the mean of V at each place."""
-    params = control.stack_learners(_restore_learners(workdir, "iql").params)
+    params = control.stack_learners(_restore_learners(experiment, "iql").params)
     params = jax.tree.map(lambda leaf: leaf[0], params)
     values = np.asarray(jax.jit(iql.values)(params, np.float32(data.observations)))
-    env = _make_env(config, workdir)
+    env = _make_env_fn(experiment)()
     maze, goal = env.unwrapped.maze, env.reset(seed=0)[0]["desired_goal"]
     figure = Figure(figsize=(5 * len(METHODS), 5.5), layout="constrained")
     for axes, (name, records) in zip(figure.subplots(1, len(METHODS)), played.items(), strict=True):
@@ -174,7 +156,7 @@ def _draw_paths(config, workdir, played, data):
         share = np.mean([record["successes"].mean() for record in records])
         axes.set_title(f"{METHODS[name]}: {100 * share:.0f}% reach the goal")
     figure.colorbar(colours, ax=axes, label="V (IQL)", shrink=0.8)
-    figures.save(figure, workdir / "figures" / "maze.png")
+    figures.save(figure, experiment.workdir / "figures" / "maze.png")
 
 
 def _draw_curves(workdir):

@@ -25,6 +25,7 @@ from logging import StreamHandler
 import jax
 import numpy as np
 from absl import app, flags, logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 import tt_jax
@@ -208,7 +209,8 @@ def to_dataclass(cls, config, **extra):
 
 
 def _check_same_run(old, new, workdir):
-    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old, new))
+    plain = (json.loads(json.dumps(config.to_dict())) for config in (old, new))
+    old, new = (traverse_util.flatten_dict(config, sep=".") for config in plain)
     for name in sorted(old.keys() | new.keys()):
         # A field that is newer than the run has its default there.
         if name in old and name.split(".")[0] in ESSENTIAL_FIELDS and old[name] != new.get(name):
@@ -216,13 +218,6 @@ def _check_same_run(old, new, workdir):
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."
             )
-
-
-def _flatten(nested, prefix=""):
-    flat = {}
-    for name, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def write_json(path, value):

@@ -4,7 +4,6 @@ Learner i has the seed config.seed + i. A checkpoint holds the learners' paramet
 without one where there is one seed.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import checkpoints, data_parallel, environments, iql, iql_training, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -36,53 +35,35 @@ def train(config, workdir, *, preemption, download=False):
         observation_dim=loaded.observations.shape[1],
         action_dim=loaded.actions.shape[1],
     )
+    logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
+    units = iql.fit_units(transitions, config=iql_config)
     run = config.to_dict() | {
         "env_spec": datasets.env_spec(config.dataset),
         "max_path_length": loaded.max_path_length,
     }
-    units = iql.fit_units(transitions, config=iql_config)
-    state = iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units)
-    if checkpoints.latest_step(workdir) is not None:
-        state = _resume(workdir, state, iql_config)
-        logging.info("resuming %s at step %d", workdir, state.step[0])
-    step = int(state.step[0])
-    if step >= train_config.num_steps:
-        logging.info("%s is done: %d of %d steps.", workdir, step, train_config.num_steps)
-        return
-    logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
-    train_fn = iql_training.make_train_fn(
-        config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
-    )
-    store, seed = training_loop.place(transitions), data_parallel.replicate(np.uint32(config.seed))
 
-    def save(writer, step, host):
-        rest = {"opt_state": host.opt_state, "step": host.step, "dropout_key": host.dropout_key}
-        params = jax.tree.map(lambda leaf: leaf[0], host.params) if train_config.num_seeds == 1 else host.params
-        writer.save(step, params=params, config=iql_config, tokenizer=None, state=rest, run=run)
+    def params_fn(params):
+        return jax.tree.map(lambda leaf: leaf[0], params) if train_config.num_seeds == 1 else params
 
     training_loop.run(
         workdir,
         config=train_config,
-        state=training_loop.place(state),
-        step=step,
-        advance=lambda state, num_steps: train_fn(state, store, seed, data_parallel.replicate(np.int32(num_steps))),
+        fresh=iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units),
+        model={"config": iql_config, "tokenizer": None, "run": run},
+        free_fields=("actor_cosine_steps",),
+        params_fn=params_fn,
+        train_fn=iql_training.make_train_fn(
+            config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
+        ),
+        store=transitions,
+        seed=config.seed,
         evaluate=_make_evaluate(run, data_config, iql_config) if config.eval.num_episodes else None,
-        save=save,
         describe=lambda metrics, rate: (
             f"v {metrics['v'][-1].mean():.3g}, value loss {metrics['value_loss'][-1].mean():.3g}, {rate:.3g} updates/s"
         ),
         work_per_step={"updates": train_config.num_seeds},
         preemption=preemption,
     )
-
-
-def _resume(workdir, fresh, iql_config):
-    template = {"opt_state": fresh.opt_state, "step": fresh.step, "dropout_key": fresh.dropout_key}
-    checkpoint = checkpoints.restore(workdir, state_template=template)
-    if checkpoint.config != dataclasses.replace(iql_config, actor_cosine_steps=checkpoint.config.actor_cosine_steps):
-        raise entry.UsageError(f"{workdir} holds {checkpoint.config}, this run is {iql_config}; use another --workdir.")
-    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
-    return iql.IQLState(params=params, **checkpoint.state)
 
 
 def _make_evaluate(run, data_config, iql_config):

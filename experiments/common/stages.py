@@ -4,6 +4,7 @@ What is done is kept in the workdir, and the same command goes on from there.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -22,15 +23,31 @@ from absl import logging
 from experiments.common import control, datasets, entry, figures, recording, transformer_run
 from tt_jax import checkpoints, rollouts, sequence_planner
 
-NUM_ENVS = 32  # at most, in step
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What every stage needs."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    preemption: entry.Preemption
 
 
-def results(workdir: pathlib.Path, settings: dict, make_fn: Callable[[], dict]) -> dict:
-    """Return what `workdir`/results.json holds; where there is none, `make_fn()` does the work and returns its parts.
+def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset: str | None) -> Experiment:
+    """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
+    preemption = entry.Preemption()
+    config.seed, config.dataset = seed, dataset or config.dataset
+    return Experiment(config, pathlib.Path(workdir), preemption)
 
-    Raises UsageError if the workdir was made with other settings.
+
+def results(experiment: Experiment, numbers: dict, make_fn: Callable[[], dict]) -> dict:
+    """Return what results.json in the workdir holds; where there is none, `make_fn()` does the work and returns parts.
+
+    Raises UsageError if the workdir was made with another configuration or with other `numbers`.
     """
-    path, settings = workdir / "settings.json", json.loads(json.dumps(settings))
+    workdir = experiment.workdir
+    settings = json.loads(json.dumps(numbers | {"config": experiment.config.to_dict()}))
+    path = workdir / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
     entry.write_json(path, settings)
@@ -82,38 +99,43 @@ def keep_datasets_in(workdir: pathlib.Path) -> None:
 
 
 def learn_and_play(
-    config: ml_collections.FrozenConfigDict,
-    workdir: pathlib.Path,
+    experiment: Experiment,
     *,
+    numbers: dict[str, int],
     environment: str,
-    collect_fn: Callable[[], dict],
+    collect_fn: Callable[[Experiment], dict],
     play_title: str,
     policies: Iterable[str],
-    play_fn: Callable[[str], Any],
-    draw_fn: Callable[[dict[str, Any]], None],
+    play_fn: Callable[[Experiment, str], Any],
+    draw_fn: Callable[[Experiment, dict[str, Any]], None],
     summarize_fn: Callable[[Any], dict],
-    preemption: entry.Preemption,
     download: bool = False,
 ) -> dict:
     """Collect data, train one Trajectory Transformer on it, play every policy, draw, and return what to report.
 
-    `collect_fn()` writes `config.dataset` and describes it; `play_fn(name)` keeps what it played, of which `draw_fn`
-    gets everything and `summarize_fn` each policy's part.
+    `collect_fn(experiment)` writes the dataset and describes it; `play_fn(experiment, name)` keeps what it played, of
+    which `draw_fn(experiment, played)` gets everything by name and `summarize_fn` each policy's part.
     """
-    keep_datasets_in(workdir)
-    with stage("1/4 collect data with a scripted controller"):
-        data = once(workdir / "data.json", collect_fn)
-    with stage("2/4 train the Trajectory Transformer"):
-        transformer_run.train(config, workdir, preemption=preemption, download=download)
-    with stage(f"3/4 {play_title}"):
-        played = {name: play_fn(name) for name in policies}
-    with stage("4/4 draw figures"):
-        figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
-        figures.draw_learning_curve(figure.subplots(), workdir)
-        figures.save(figure, workdir / "figures" / "learning_curve.png")
-        draw_fn(played)
-    summaries = {name: summarize_fn(each) for name, each in played.items()}
-    return {"environment": environment, "data": data, "policies": summaries}
+    workdir = experiment.workdir
+
+    def run():
+        config = entry.resolve_config(experiment.config, dataset=None, workdir=workdir)
+        keep_datasets_in(workdir)
+        with stage("1/4 collect data with a scripted controller"):
+            data = once(workdir / "data.json", lambda: collect_fn(experiment))
+        with stage("2/4 train the Trajectory Transformer"):
+            transformer_run.train(config, workdir, preemption=experiment.preemption, download=download)
+        with stage(f"3/4 {play_title}"):
+            played = {name: play_fn(experiment, name) for name in policies}
+        with stage("4/4 draw figures"):
+            figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+            figures.draw_learning_curve(figure.subplots(), workdir)
+            figures.save(figure, workdir / "figures" / "learning_curve.png")
+            draw_fn(experiment, played)
+        summaries = {name: summarize_fn(each) for name, each in played.items()}
+        return {"environment": environment, "data": data, "policies": summaries}
+
+    return results(experiment, numbers, run)
 
 
 def reset_seeds(seed: int, num_episodes: int, *, of_data: bool = False) -> range:
@@ -123,56 +145,56 @@ def reset_seeds(seed: int, num_episodes: int, *, of_data: bool = False) -> range
 
 
 def play(
+    experiment: Experiment,
     make_env: Callable[[], gymnasium.Env],
     policy: rollouts.Policy,
-    *,
     seeds: Sequence[int],
-    data: dict,
+    *,
     title: str,
-    preemption: entry.Preemption,
-    num_envs: int = NUM_ENVS,
+    num_envs: int = 32,
 ) -> tuple[list[rollouts.Episode], dict[str, float]]:
-    """Play one episode per seed, flattening observations as the settings `data` say, until told to stop."""
+    """Play one episode per seed in at most `num_envs` environments until told to stop; see `control.play`."""
     envs = rollouts.vectorize(make_env, min(len(seeds), num_envs))
-    config = datasets.data_config(data)
-    check_fn = functools.partial(preemption.check, title)
+    config = datasets.data_config(experiment.config.data)
+    check_fn = functools.partial(experiment.preemption.check, title)
     played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
     envs.close()
     return played
 
 
 def collect(
-    dataset_id: str,
+    experiment: Experiment,
     make_env: Callable[[], gymnasium.Env],
     policy: rollouts.Policy,
-    *,
     seeds: Sequence[int],
-    data: dict,
+    *,
     description: str,
-    preemption: entry.Preemption,
     eval_env: gymnasium.Env | None = None,
     select_fn: Callable[[list[rollouts.Episode]], list[rollouts.Episode]] = list,
 ) -> list[rollouts.Episode]:
     """Record what `select_fn` keeps of a policy's episodes; what an interruption left of the dataset is replaced."""
-    episodes, _ = play(make_env, policy, seeds=seeds, data=data, title="collect", preemption=preemption)
+    episodes, _ = play(experiment, make_env, policy, seeds, title="collect")
     kept = select_fn(episodes)
-    buffers = map(recording.to_buffer, kept)
+    buffers, dataset_id = map(recording.to_buffer, kept), experiment.config.dataset
     recording.write(dataset_id, buffers, env=make_env(), eval_env=eval_env, description=description)
     return kept
 
 
 def planner(
-    checkpoint: checkpoints.Checkpoint, settings: dict, *, discount: float, seed: int, max_batch: int, **kwargs
+    experiment: Experiment, checkpoint: checkpoints.Checkpoint, *, max_batch: int, discount=None, **kwargs
 ) -> rollouts.Policy:
-    """Make the policy that plans as `settings` say with a trained model, compiled; see `control.plan_policy`."""
-    plan_config = entry.to_dataclass(sequence_planner.PlanConfig, settings, discount=discount)
-    policy = control.plan_policy(checkpoint, plan_config, seed=seed, max_batch=max_batch, **kwargs)
+    """Make a `control.plan_policy`, compiled; `discount` is by default that of the data."""
+    config = experiment.config
+    discount = config.data.discount if discount is None else discount
+    plan_config = entry.to_dataclass(sequence_planner.PlanConfig, config.plan, discount=discount)
+    policy = control.plan_policy(checkpoint, plan_config, max_batch=max_batch, **kwargs)
     logging.info("compiling the planner")
     control.compile_policy(policy, checkpoint.config.spec.observation_dim, max_batch)
     return policy
 
 
-def report(workdir: pathlib.Path, lines: Iterable[str], *figure_names: str) -> None:
+def report(experiment: Experiment, lines: Iterable[str], *figure_names: str) -> None:
     """Print a table's lines and say where everything is."""
+    workdir = experiment.workdir
     paths = [str(workdir / "figures" / name) for name in figure_names or [""]]
     print(*lines, f"figures: {', '.join(paths)}", f"numbers: {workdir / 'results.json'}", sep="\n")
