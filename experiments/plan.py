@@ -13,12 +13,11 @@ import pathlib
 import time
 
 import jax
-import minari
 import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, run_flags
-from tt_jax import environments, rollouts, sequence_planner, transformer
+from tt_jax import environments, minari_files, rollouts, sequence_planner, transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
@@ -37,6 +36,8 @@ TRUST = flags.DEFINE_bool(
 MAX_EPISODE_STEPS = flags.DEFINE_integer(
     "max_episode_steps", None, "Cut episodes after so many steps; by default as the environment or the data does.", 1
 )
+REFERENCE_MIN = flags.DEFINE_float("reference_min", None, "Return with the normalised score 0; with --reference_max.")
+REFERENCE_MAX = flags.DEFINE_float("reference_max", None, "Return with the normalised score 100.")
 
 
 class _PairParser(flags.ArgumentParser):
@@ -68,9 +69,17 @@ PLAN = {
     for field in dataclasses.fields(sequence_planner.PlanConfig)
 }
 SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
+SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
 def main(_):
+    if (REFERENCE_MIN.value is None) != (REFERENCE_MAX.value is None) or (
+        REFERENCE_MIN.value is not None and REFERENCE_MIN.value >= REFERENCE_MAX.value
+    ):
+        raise ValueError(
+            f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
+            "the first below the second."
+        )
     checkpoint = control.restore(WORKDIR.value, transformer.TransformerConfig, program="train_tt")
     run, model = checkpoint.run, checkpoint.config
     overrides = {name: flag.value for name, flag in PLAN.items() if flag.value is not None}
@@ -128,7 +137,7 @@ def main(_):
         "checkpoint_step": checkpoint.step,
         "environment": envs.envs[0].spec.id,
         "dataset": run["dataset"],
-        **control.summarize(episodes, None if ENV.value else _open_dataset(run["dataset"])),
+        **control.summarize(episodes, _reference_scores(run["dataset"])),
         "num_plans": counts["plans"],
         "plans_per_second": counts["plans"] / seconds,
         "wall_time_s": seconds,
@@ -167,12 +176,11 @@ def _print_table(results):
     print(f"  {'plans/s':<17}{results['plans_per_second']:10.2f}\n  results in {OUT.value}")
 
 
-def _open_dataset(dataset_id) -> minari.MinariDataset | None:
-    """Open the dataset for its reference scores; None if it is not on this machine."""
-    try:
-        return minari.load_dataset(dataset_id)
-    except FileNotFoundError:
-        return None
+def _reference_scores(dataset_id) -> tuple[float, float] | None:
+    """Return the returns that count as 0 and 100: those of the flags, or of the dataset if it is on this machine."""
+    if REFERENCE_MIN.value is not None:
+        return REFERENCE_MIN.value, REFERENCE_MAX.value
+    return None if ENV.value else minari_files.reference_scores(dataset_id)
 
 
 def _write_video(path, make_env, *, seed, actions):

@@ -5,10 +5,11 @@ a Gaussian policy by advantage-weighted regression. Parameters are a nested dict
 
     actor, value                  those of a `Policy` and of an `MLP`
     critic, target_critic         those of `Critics`, whose leaves are stacked over the two critics
-    units                         mean and deviation of the observations, scale and shift of the rewards
+    units                         mean and deviation of the observations, center and half-width of the actions, scale
+                                  and shift of the rewards
 
-so that they bring their units along: every function here takes observations and rewards as the environment gives them.
-Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
+so that they bring their units along: every function here takes observations, actions and rewards
+as the environment has them. Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
         "critic": Critics((*hidden, 1)).init(critic_key, jnp.zeros([2, 1, observation_dim + action_dim]))["params"],
         "value": MLP((*hidden, 1)).init(value_key, observation)["params"],
     }
-    units = _raw_units(observation_dim) if units is None else units
+    units = _raw_units(observation_dim, action_dim) | (units or {})
     if np.shape(units["observation_mean"]) != (observation_dim,):
         raise ValueError(
             f"the units are those of observations {np.shape(units['observation_mean'])}, "
@@ -111,7 +112,7 @@ def update(
     their steps, advantage by the new V. Raises ValueError if the shapes of the batch do not suit the configuration.
     """
     _check_batch(batch, config)
-    params, actions = state.params, batch.actions
+    params, actions = state.params, _normalize_actions(state.params, batch.actions)
     observations = _standardize(params, batch.observations)
     both_observations = jnp.stack([observations, _standardize(params, batch.next_observations)])
     rewards = transform_rewards(params, batch.rewards)
@@ -160,6 +161,7 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
     _check_size("action", action, params["actor"]["log_std"].shape[-1])
     leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
     observation = jnp.broadcast_to(_standardize(params, observation), (*leading, observation.shape[-1]))
+    action = _normalize_actions(params, action)
     return _critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
 
 
@@ -170,15 +172,17 @@ def values(params: types.Params, observation: chex.Array) -> chex.Array:
 
 
 def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Return the mean [..., A] of the actions at observation [..., N], within +-1, and their deviation [A]."""
+    """Return the mean [..., A] of the actions at observation [..., N], within their bounds, and their deviation [A]."""
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
-    return _policy(params["actor"], _standardize(params, observation))
+    mean, std = _policy(params["actor"], _standardize(params, observation))
+    center, scale = _action_units(params, mean)
+    return center + scale * mean, params["units"]["action_scale"] * std
 
 
 def sample_action(
     params: types.Params, rng_key: chex.PRNGKey, observation: chex.Array, *, temperature: chex.Numeric = 1.0
 ) -> chex.Array:
-    """Draw actions [..., A], clipped to +-1, at observation [..., N]; temperature 0 gives the mean, for evaluation.
+    """Draw actions [..., A], clipped to their bounds, at observation [..., N]; temperature 0 gives the mean.
 
     `rng_key` is one key, or one per observation, so that an action does not depend on the other observations. The
     temperature multiplies the deviation. Raises ValueError as `q_values`.
@@ -189,7 +193,8 @@ def sample_action(
         noise = jax.vmap(draw_fn)(rng_key.reshape(-1)).reshape(mean.shape)
     else:
         noise = jax.random.normal(rng_key, mean.shape)
-    return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), -1.0, 1.0)
+    center, scale = _action_units(params, mean)
+    return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), center - scale, center + scale)
 
 
 def actor_learning_rate(step: chex.Numeric, *, config: IQLConfig) -> chex.Array:
@@ -204,17 +209,27 @@ def expectile_loss(difference: chex.Array, *, expectile: float) -> chex.Array:
     return jnp.where(difference > 0, expectile, 1 - expectile) * difference**2
 
 
-def fit_units(transitions: types.Transitions, *, config: IQLConfig) -> types.Params:
+def fit_units(
+    transitions: types.Transitions,
+    *,
+    config: IQLConfig,
+    action_bounds: tuple[np.ndarray, np.ndarray] | None = None,
+) -> types.Params:
     """Measure on the whole dataset [n], in numpy, the units in which the networks work, as the configuration says.
 
-    Returns observation_mean and observation_std [N], reward_scale and reward_shift [], all float32.
+    Returns observation_mean and observation_std [N], action_center and action_scale [A], reward_scale and reward_shift
+    [], all float32. The `action_bounds`, lowest and highest [A], are +-1 to the networks; None leaves actions alone.
     Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
     "raw"; "minus_one", 1 less per step; "return_range", multiplied by 1000 / (largest - smallest return), with the
     episodes told apart as in the reference (see `episode_ends`), so the rows must be in the order they were made.
     Raises ValueError if the observations are of another size or all returns are equal.
     """
     _check_batch(transitions, config)
-    units = jax.tree.map(np.asarray, _raw_units(config.observation_dim))
+    units = jax.tree.map(np.asarray, _raw_units(config.observation_dim, config.action_dim))
+    if action_bounds is not None:
+        low, high = (np.asarray(bound, np.float32) for bound in action_bounds)
+        units["action_center"] = (low + high) / 2
+        units["action_scale"] = np.where(low < high, (high - low) / 2, np.float32(1))
     if config.normalize_observations:
         observations = np.asarray(transitions.observations, np.float64)
         units["observation_mean"] = observations.mean(axis=0).astype(np.float32)
@@ -369,8 +384,10 @@ def _descend(name, loss_fn, rate, *, state, axis_name):
 # Units and checks
 
 
-def _raw_units(observation_dim):
+def _raw_units(observation_dim, action_dim):
     return {
+        "action_center": jnp.zeros([action_dim]),
+        "action_scale": jnp.ones([action_dim]),
         "observation_mean": jnp.zeros([observation_dim]),
         "observation_std": jnp.ones([observation_dim]),
         "reward_scale": jnp.ones([]),
@@ -382,6 +399,17 @@ def _standardize(params, observations):
     units = params["units"]
     mean, std = (jnp.broadcast_to(units[f"observation_{name}"], observations.shape) for name in ("mean", "std"))
     return (observations - mean) / std
+
+
+def _action_units(params, actions):
+    """Return the center and the half-width of the actions' bounds in the shape of `actions` [..., A]."""
+    return tuple(jnp.broadcast_to(params["units"][f"action_{name}"], actions.shape) for name in ("center", "scale"))
+
+
+def _normalize_actions(params, actions):
+    """Bring actions [..., A] of the environment to the networks' +-1."""
+    center, scale = _action_units(params, actions)
+    return (actions - center) / scale
 
 
 def _check_size(name, array, size):

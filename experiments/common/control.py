@@ -167,10 +167,13 @@ def play(
     return episodes, counts
 
 
-def summarize(episodes: Sequence[rollouts.Episode], dataset=None) -> dict:
-    """List the episodes, and the mean and standard error of each number; what is unknown is None."""
+def summarize(episodes: Sequence[rollouts.Episode], reference: tuple[float, float] | None = None) -> dict:
+    """List the episodes, and the mean and standard error of each number; what is unknown is None.
+
+    `reference` holds the returns with the normalised scores 0 and 100.
+    """
     returns = [episode.total_reward for episode in episodes]
-    scores = rollouts.normalized_scores(returns, dataset) if dataset else None
+    scores = reference and 100 * (np.array(returns) - reference[0]) / (reference[1] - reference[0])
     columns = {
         "return": returns,
         "normalized_score": [None] * len(episodes) if scores is None else scores.tolist(),

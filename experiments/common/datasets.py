@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import minari
 import ml_collections
 import numpy as np
 from absl import logging
 
 from experiments.common import entry
-from tt_jax import tokenization, trajectories, types
+from tt_jax import minari_files, spaces, tokenization, trajectories, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +28,6 @@ def data_config(settings) -> trajectories.DataConfig:
     return entry.to_dataclass(trajectories.DataConfig, {name: settings[name] for name in names & set(settings)})
 
 
-def env_spec(dataset_id: str) -> str | None:
-    """Return the specification of the environment to play in, as JSON: the one for evaluation where there is one."""
-    dataset = minari.load_dataset(dataset_id)
-    return dataset.storage.metadata.get("eval_env_spec") or (dataset.env_spec and dataset.env_spec.to_json())
-
-
 def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dataset:
     """Load, tokenise and split `config.dataset`; raises ValueError if the data cannot be used.
 
@@ -43,13 +36,17 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
     settings = data_config(config.data)
     loaded = trajectories.load(config.dataset, config=settings, download=download)
     settings = dataclasses.replace(settings, max_path_length=loaded.max_path_length)
-    values = trajectories.segment(loaded, discount=settings.discount, termination_penalty=settings.termination_penalty)
-    tokenizer = tokenization.fit(
-        values,
-        num_bins=config.data.num_bins,
-        method=config.data.method,
-        distinct_values=config.data.distinct_values,
+    spec = types.TransitionSpec(
+        observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
     )
+    values = trajectories.segment(loaded, discount=settings.discount, termination_penalty=settings.termination_penalty)
+    # Views of `values`, so that the arrays that were read do not stay in memory.
+    loaded = dataclasses.replace(
+        loaded,
+        observations=values[:, : spec.observation_dim],
+        actions=values[:, spec.observation_dim : spec.observation_dim + spec.action_dim],
+    )
+    tokenizer = _fit(loaded, values, config.data)
     tokens = tokenization.encode(tokenizer, values)
     if merged := tokenization.merged_columns(tokens, values):
         logging.warning(
@@ -57,16 +54,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
             "data.distinct_values=True keeps columns of few values apart.",
             merged,
         )
-    spec = types.TransitionSpec(
-        observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
-    )
     train_episodes, held_out_episodes = _split(loaded, config.data.eval_fraction, config.seed)
-
-    def store(episodes):
-        part = trajectories.select(loaded, episodes)
-        rows = np.concatenate([np.arange(loaded.offsets[e], loaded.offsets[e + 1]) for e in episodes])
-        return trajectories.token_store(tokens[rows], part, num_bins=spec.num_bins)
-
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
@@ -75,13 +63,33 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
         spec.transition_dim,
         len(held_out_episodes),
     )
+    store = trajectories.token_store(tokens, loaded, num_bins=spec.num_bins)
     return Dataset(
         spec=spec,
         config=settings,
         tokenizer=tokenizer,
-        train=store(train_episodes),
-        held_out=store(held_out_episodes) if len(held_out_episodes) else None,
-        env_spec=env_spec(config.dataset),
+        train=trajectories.select_tokens(store, train_episodes),
+        held_out=trajectories.select_tokens(store, held_out_episodes) if len(held_out_episodes) else None,
+        env_spec=minari_files.evaluation_spec(config.dataset),
+    )
+
+
+def _fit(loaded, values, settings) -> tokenization.Discretizer:
+    """Fit the tokenizer; a discrete dimension gets one bin for each value of its space."""
+    columns = spaces.join([loaded.observation_columns, loaded.action_columns])
+    known = {int(column): columns.values(column) for column in np.flatnonzero(columns.is_discrete)}
+    largest = max(map(len, known.values()), default=0)
+    if largest > settings.num_bins:
+        raise entry.UsageError(
+            f"a discrete dimension has {largest} values, more than data.num_bins={settings.num_bins}; set "
+            f"--config.data.num_bins={largest}."
+        )
+    return tokenization.fit(
+        values,
+        num_bins=settings.num_bins,
+        method=settings.method,
+        distinct_values=settings.distinct_values,
+        known_values=known,
     )
 
 

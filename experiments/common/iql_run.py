@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, minari_files, rollouts, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -36,9 +36,9 @@ def train(config, workdir, *, preemption, download=False):
         action_dim=loaded.actions.shape[1],
     )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
-    units = iql.fit_units(transitions, config=iql_config)
+    units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
     run = config.to_dict() | {
-        "env_spec": datasets.env_spec(config.dataset),
+        "env_spec": minari_files.evaluation_spec(config.dataset),
         "max_path_length": loaded.max_path_length,
     }
 

@@ -1,0 +1,204 @@
+"""From people's datasets to played episodes, from the command line: a grid world, wide actions, a kitchen."""
+
+import importlib
+import json
+import tracemalloc
+
+import gymnasium
+import minari
+import numpy as np
+import pytest
+from entry_points import MAZE
+from minari.data_collector import EpisodeBuffer
+
+from experiments.common import datasets as prepare
+from experiments.configs import maze
+from tt_jax import checkpoints
+
+pytest_plugins = ["entry_fixtures"]
+
+SMALL = ["--config.train.num_steps=300", "--config.train.eval_every=70", "--config.train.learning_rate=0.01"]
+PLAN = ["--num_episodes=2", "--plan.horizon=3", "--plan.beam_width=8", "--plan.num_expand=3", "--plan.replan_every=1"]
+
+# A module of the user's, in the folder where the commands run.
+WORLDS = """
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Corridor(gymnasium.Env):
+    '''Five cells in a row: 0 goes left, 1 stays, 2 goes right; every step in the last cell is worth 1.'''
+
+    observation_space, action_space = spaces.Discrete(5), spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cell = int(self.np_random.integers(5))
+        return self.cell, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.cell = int(np.clip(self.cell + action - 1, 0, 4))
+        return self.cell, float(self.cell == 4), False, False, {}
+
+
+class Kitchen(gymnasium.Env):
+    '''A position, actions in [-3, 5] as a matrix, and a goal that is a Dict.'''
+
+    goal_space = spaces.Dict(kettle=spaces.Box(-9, 9, (2,), np.float64), microwave=spaces.Box(-9, 9, (1,), np.float64))
+    observation_space = spaces.Dict(observation=spaces.Box(-9, 9, (2,), np.float64), desired_goal=goal_space)
+    action_space = spaces.Box(-3.0, 5.0, (1, 2), np.float32)
+
+    def _observe(self):
+        return {"observation": self.x, "desired_goal": {"kettle": np.ones(2), "microwave": np.zeros(1)}}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x = self.np_random.normal(size=2)
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.x = np.clip(0.5 * self.x + 0.1 * action[0], -9, 9)
+        return self._observe(), -float(np.abs(self.x - 1).sum()), False, False, {}
+
+
+gymnasium.register("Corridor-v0", "worlds:Corridor", max_episode_steps=6)
+gymnasium.register("Kitchen-v0", "worlds:Kitchen", max_episode_steps=12)
+"""
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """The module `worlds`."""
+    folder, registered = tmp_path_factory.mktemp("worlds"), dict(gymnasium.registry)
+    (folder / "worlds.py").write_text(WORLDS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module("worlds")
+    gymnasium.registry.clear()
+    gymnasium.registry.update(registered)
+
+
+def record(make_env, *, env_id, num_episodes, seed=0):
+    """Record episodes of random actions."""
+    env = make_env()
+    env.action_space.seed(seed)
+    for episode in range(num_episodes):
+        observations, actions, rewards = [env.reset(seed=episode)[0]], [], []
+        for _ in range(gymnasium.spec(env_id).max_episode_steps):
+            action = env.action_space.sample()
+            observation, reward, *_ = env.step(action)
+            observations, actions, rewards = [*observations, observation], [*actions, action], [*rewards, reward]
+        ends = np.arange(len(rewards)) == len(rewards) - 1
+        yield EpisodeBuffer(
+            observations=_stack(observations),
+            actions=np.array(actions),
+            rewards=np.array(rewards),
+            terminations=np.zeros(len(rewards), bool),
+            truncations=ends,
+            infos={},
+        )
+
+
+def _stack(observations):
+    if isinstance(observations[0], dict):
+        return {name: _stack([each[name] for each in observations]) for name in observations[0]}
+    return np.array(observations)
+
+
+@pytest.fixture(scope="module")
+def recorded(worlds, datasets, entry_point):
+    """Write test/corridor-v0 and test/kitchen-v0, and the module where the commands find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(datasets))
+        for name, cls in (("corridor", worlds.Corridor), ("kitchen", worlds.Kitchen)):
+            env_id = f"{name.capitalize()}-v0"
+            episodes = list(record(cls, env_id=env_id, num_episodes=60))
+            spaces = {"observation_space": cls.observation_space, "action_space": cls.action_space}
+            with pytest.warns(UserWarning):
+                minari.create_dataset_from_buffers(f"test/{name}-v0", episodes, env=gymnasium.spec(env_id), **spaces)
+    for command in ("plan", "train_iql"):
+        (entry_point(command).folder / "worlds.py").write_text(WORLDS)
+
+
+@pytest.fixture(scope="module")
+def plan(entry_point):
+    return entry_point("plan")
+
+
+def test_the_best_plan_in_a_grid_world_is_found(train, plan, recorded, worlds, tmp_path):
+    """From cell c the best return of 6 steps is 6 - (3 - c), or 6 in the last two cells."""
+    done = train(
+        *MAZE, "--dataset=test/corridor-v0", "--config.data.observation_keys=()", *SMALL, f"--workdir={tmp_path}"
+    )
+    assert done.code == 0, done.stderr
+    tokenizer = checkpoints.restore(tmp_path).tokenizer
+    np.testing.assert_array_equal(tokenizer.centers[0, :5], range(5))
+    np.testing.assert_array_equal(tokenizer.centers[1, :3], range(3))
+    done = plan(f"--workdir={tmp_path}", *PLAN, "--num_episodes=5", "--env=worlds:Corridor-v0")
+    assert done.code == 0, done.stderr
+    results = json.loads((plan.folder / "results.json").read_text())
+    starts = [worlds.Corridor().reset(seed=episode["seed"])[0] for episode in results["episodes"]]
+    assert [episode["return"] for episode in results["episodes"]] == [min(6, 6 - (3 - cell)) for cell in starts]
+
+
+def test_a_kitchen_with_wide_actions_is_learned_from_and_planned_in(train, train_iql, plan, recorded, tmp_path):
+    keys = "--config.data.observation_keys=('observation','desired_goal/kettle')"
+    settings = ["--dataset=test/kitchen-v0", keys]
+    done = train(*MAZE, *settings, "--config.train.num_steps=20", f"--workdir={tmp_path}/tt")
+    assert done.code == 0, done.stderr
+    done = plan(f"--workdir={tmp_path}/tt", *PLAN)
+    assert done.code == 2 and "would run worlds:Kitchen, which is not known to be harmless" in done.error
+    done = plan(f"--workdir={tmp_path}/tt", *PLAN, "--trust_environment", "--reference_min=-20", "--reference_max=0")
+    assert done.code == 0, done.stderr
+    results = json.loads((plan.folder / "results.json").read_text())
+    for episode in results["episodes"]:
+        np.testing.assert_allclose(episode["normalized_score"], 100 * (episode["return"] + 20) / 20)
+    few = ["--config.iql_train.num_steps=20", "--config.iql.hidden_dims=(8,8)", "--config.iql_train.batch_size=8"]
+    iql_settings = [setting for setting in MAZE if "train." not in setting]
+    done = train_iql(*iql_settings, *settings, *few, f"--workdir={tmp_path}/iql")
+    assert done.code == 0, done.stderr
+    assert "worlds:Kitchen, which is not known to be harmless; the policies are not evaluated" in done.stderr
+    units = checkpoints.restore(tmp_path / "iql").params["units"]
+    np.testing.assert_array_equal(units["action_center"], [1, 1])
+    np.testing.assert_array_equal(units["action_scale"], [4, 4])
+    done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", *PLAN, "--env=worlds:Kitchen-v0")
+    assert done.code == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def train_iql(entry_point):
+    return entry_point("train_iql")
+
+
+def test_reading_takes_at_most_twice_the_memory_of_the_values(monkeypatch, tmp_path):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng, lengths = np.random.default_rng(0), [500] * 20
+
+    def box(size):
+        return gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float64)
+
+    episodes = [
+        EpisodeBuffer(
+            observations=rng.normal(size=(length + 1, 97)),
+            actions=rng.normal(size=(length, 10)),
+            rewards=rng.normal(size=length),
+            terminations=np.arange(length) == length - 1,
+            truncations=np.zeros(length, bool),
+        )
+        for length in lengths
+    ]
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers("test/wide-v0", episodes, observation_space=box(97), action_space=box(10))
+    del episodes
+    config = maze.get_config()
+    config.dataset, config.data.observation_keys, config.data.distinct_values = "test/wide-v0", (), False
+    tracemalloc.start()
+    data = prepare.prepare(config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert data.train.tokens.dtype == np.uint8
+    values = sum(lengths) * (97 + 10 + 2) * 8
+    assert peak < 2.1 * values, peak / values
