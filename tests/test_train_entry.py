@@ -256,12 +256,21 @@ def test_data_that_cannot_be_used_are_refused(train, tmp_path, name, message):
     assert (done.code, done.error) == (2, f"train_tt: {message}")
 
 
+def test_a_run_goes_on_with_less_memory(train, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    less = ["--config.model.remat=True", "--config.train.microbatch_size=4", "--config.train.num_steps=427"]
+    done = train(*MAZE, f"--workdir={tmp_path}/run", *less)
+    assert done.code == 0, done.stderr
+    assert "resuming" in done.stdout and checkpoints.latest_step(tmp_path / "run") == 427
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--dataset=test/single-v0"], "dataset='test/maze-v0', this run has 'test/single-v0'"),
         (["--config.model.embed_dim=32"], "model.embed_dim=16, this run has 32"),
         (["--config.data.discount=0.9"], "data.discount=0.99, this run has 0.9"),
+        (["--config.train.optimizer=muon"], "train.optimizer='adamw', this run has 'muon'"),
     ],
 )
 def test_a_workdir_keeps_its_dataset_and_model(train, trained, arguments, message):

@@ -44,6 +44,7 @@ class TransformerConfig:
     smooth_embedding: bool = False  # start with like embeddings for neighbouring bins, which learns faster
     dtype: str = "float32"  # of the matrix products but the last; softmax, norms and logits are float32 in any case
     goal_conditioned: bool = False  # put one more observation, the goal, in front of the sequence
+    remat: bool = False  # compute each block again for its gradient instead of keeping what is inside: less memory
     reference_goal_mask: bool = False  # hide the columns that the reference hides, which misses the value tokens
 
     def __post_init__(self):
@@ -141,7 +142,8 @@ class Transformer(nn.Module):
         if config.goal_conditioned:
             num_goals = spec.num_bins * spec.observation_dim
             self.goal_embedding = nn.Embed(num_goals, config.embed_dim, embedding_init=_normal())
-        self.blocks = [Block(config) for _ in range(config.num_layers)]
+        block_class = nn.remat(Block, static_argnums=(2, 3)) if config.remat else Block
+        self.blocks = [block_class(config) for _ in range(config.num_layers)]
         self.norm = _norm("float32")
         self.head = Head(config)
 

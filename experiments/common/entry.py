@@ -38,7 +38,9 @@ except ImportError:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
-ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql")  # a checkpoint is of no use when one of these changes
+# A checkpoint is of no use when one of these changes, but for the free fields.
+ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql", "train.optimizer")
+FREE_FIELDS = ("model.remat",)
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(
@@ -213,7 +215,8 @@ def _check_same_run(old, new, workdir):
     old, new = (traverse_util.flatten_dict(config, sep=".") for config in plain)
     for name in sorted(old.keys() | new.keys()):
         # A field that is newer than the run has its default there.
-        if name in old and name.split(".")[0] in ESSENTIAL_FIELDS and old[name] != new.get(name):
+        is_essential = name not in FREE_FIELDS and f"{name}.".startswith(tuple(f"{each}." for each in ESSENTIAL_FIELDS))
+        if name in old and is_essential and old[name] != new.get(name):
             raise UsageError(
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."

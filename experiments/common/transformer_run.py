@@ -38,6 +38,7 @@ def train(config, workdir, *, preemption, download=False):
     training_loop.run(
         workdir,
         config=train_config,
+        free_fields=("remat",),
         fresh=jax.jit(init)(jax.random.key(config.seed)),
         model={
             "config": model_config,
