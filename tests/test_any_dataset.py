@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import signal
 import tracemalloc
 
 import gymnasium
@@ -81,13 +82,13 @@ def worlds(tmp_path_factory):
     gymnasium.registry.update(registered)
 
 
-def record(make_env, *, env_id, num_episodes, seed=0):
+def record(make_env, *, num_steps, num_episodes, seed=0):
     """Record episodes of random actions."""
     env = make_env()
     env.action_space.seed(seed)
     for episode in range(num_episodes):
         observations, actions, rewards = [env.reset(seed=episode)[0]], [], []
-        for _ in range(gymnasium.spec(env_id).max_episode_steps):
+        for _ in range(num_steps):
             action = env.action_space.sample()
             observation, reward, *_ = env.step(action)
             observations, actions, rewards = [*observations, observation], [*actions, action], [*rewards, reward]
@@ -115,7 +116,8 @@ def recorded(worlds, datasets, entry_point):
         patch.setenv("MINARI_DATASETS_PATH", str(datasets))
         for name, cls in (("corridor", worlds.Corridor), ("kitchen", worlds.Kitchen)):
             env_id = f"{name.capitalize()}-v0"
-            episodes = list(record(cls, env_id=env_id, num_episodes=60))
+            steps = gymnasium.spec(env_id).max_episode_steps
+            episodes = list(record(cls, num_steps=steps, num_episodes=60))
             spaces = {"observation_space": cls.observation_space, "action_space": cls.action_space}
             with pytest.warns(UserWarning):
                 minari.create_dataset_from_buffers(f"test/{name}-v0", episodes, env=gymnasium.spec(env_id), **spaces)
@@ -166,6 +168,37 @@ def test_a_kitchen_with_wide_actions_is_learned_from_and_planned_in(train, train
     np.testing.assert_array_equal(units["action_scale"], [4, 4])
     done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", *PLAN, "--env=worlds:Kitchen-v0")
     assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fails", "sleeps"])
+def test_an_evaluation_that_fails_or_is_stopped_costs_no_training(train_iql, datasets, monkeypatch, tmp_path, kind):
+    """The environment of the data is one of gymnasium with an argument that makes it fail, or one that lasts."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(datasets))
+    env = gymnasium.make("Pendulum-v1", max_episode_steps=20 if kind == "fails" else 10**9)
+    episodes = list(record(lambda: env, num_steps=20, num_episodes=6))
+    dataset_id = f"test/pendulum-{kind}-v0"
+    with pytest.warns(UserWarning):
+        minari.create_dataset_from_buffers(dataset_id, episodes, env=env)
+    if kind == "fails":
+        path = minari.storage.get_dataset_path(dataset_id) / "data" / "metadata.json"
+        path.write_text(path.read_text().replace('\\"kwargs\\": {}', '\\"kwargs\\": {\\"g\\": \\"heavy\\"}'))
+    settings = [setting for setting in MAZE if "train." not in setting]
+    few = [f"--config.iql_train.{name}=20" for name in ("num_steps", "log_every", "eval_every", "checkpoint_every")]
+    command = [*settings, f"--dataset={dataset_id}", "--config.data.observation_keys=()", *few]
+    command += [f"--workdir={tmp_path}", "--config.data.max_path_length=1000000000", "--config.eval.num_episodes=1"]
+    command += ["--config.iql.hidden_dims=(8,8)", "--config.iql_train.batch_size=8"]
+
+    def is_saved():
+        return checkpoints.latest_step(tmp_path) == 20
+
+    if kind == "fails":
+        done = train_iql(*command)
+        assert done.code == 0, done.stderr
+        assert "the environment failed, and this evaluation with it (" in done.stderr
+    else:
+        done = train_iql.stop_when(is_saved, signal.SIGTERM, *command)
+        assert done.code in (0, 75), done.stderr
+    assert checkpoints.latest_step(tmp_path) == 20
 
 
 @pytest.fixture(scope="module")

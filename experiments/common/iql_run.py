@@ -57,7 +57,7 @@ def train(config, workdir, *, preemption, download=False):
         ),
         store=transitions,
         seed=config.seed,
-        evaluate=_make_evaluate(run, data_config, iql_config) if config.eval.num_episodes else None,
+        evaluate=_make_evaluate(run, data_config, iql_config, preemption) if config.eval.num_episodes else None,
         describe=lambda metrics, rate: (
             f"v {metrics['v'][-1].mean():.3g}, value loss {metrics['value_loss'][-1].mean():.3g}, {rate:.3g} updates/s"
         ),
@@ -66,10 +66,11 @@ def train(config, workdir, *, preemption, download=False):
     )
 
 
-def _make_evaluate(run, data_config, iql_config):
+def _make_evaluate(run, data_config, iql_config, preemption):
     """Return evaluate(state): the mean return and success of every learner's policy, acting by its mean.
 
-    None, with a warning, if the data does not bring an environment that can be made here.
+    None, with a warning, if the data does not bring an environment that can be made here. An environment that fails
+    costs that evaluation; told to stop, evaluate raises entry.Interrupted.
     """
     num_episodes = run["eval"]["num_episodes"]
     make_env = functools.partial(control.make_env, run, goal=run["eval"]["goal"])
@@ -85,8 +86,15 @@ def _make_evaluate(run, data_config, iql_config):
         found = []
         for learner in range(len(params["actor"]["log_std"])):
             act_fn = control.mean_action_fn(jax.tree.map(lambda leaf: leaf[learner], params))  # noqa: B023
-            policy = rollouts.observation_policy(act_fn)
-            found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
+            policy = _interruptible(rollouts.observation_policy(act_fn), preemption)
+            try:
+                found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
+            except entry.Interrupted:
+                raise
+            except Exception as error:  # an environment is code: it may raise anything
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                logging.warning("the environment failed, and this evaluation with it (%s)", reason)
+                return {}
         returns = [[episode.total_reward for episode in episodes] for episodes in found]
         metrics = {"return": np.mean(returns), "return_std_of_seeds": np.std(np.mean(returns, axis=1))}
         if found[0][0].success is not None:
@@ -94,3 +102,13 @@ def _make_evaluate(run, data_config, iql_config):
         return metrics
 
     return evaluate
+
+
+def _interruptible(policy, preemption):
+    """Let a policy look for signals at every step."""
+
+    def act(episodes):
+        preemption.check("evaluation")
+        return policy(episodes)
+
+    return act
