@@ -9,7 +9,7 @@ import gymnasium
 import minari
 import numpy as np
 import pytest
-from entry_points import MAZE
+from entry_points import MAZE, ROOT
 from minari.data_collector import EpisodeBuffer
 
 from experiments.common import datasets as prepare
@@ -168,6 +168,43 @@ def test_a_kitchen_with_wide_actions_is_learned_from_and_planned_in(train, train
     np.testing.assert_array_equal(units["action_scale"], [4, 4])
     done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", *PLAN, "--env=worlds:Kitchen-v0")
     assert done.code == 0, done.stderr
+
+
+TINY = [
+    f"--config={ROOT}/experiments/configs/dataset.py:small",
+    "--config.model.num_layers=1",
+    "--config.model.embed_dim=16",
+    "--config.train.num_steps=10",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=10",
+    "--config.iql_train.num_steps=10",
+]
+
+
+def test_keys_of_numbers_are_taken_where_none_are_named(train, train_iql, plan, recorded, datasets, tmp_path):
+    """In the kitchen nothing repeats; in the maze the goal that is reached is the position, which is observed."""
+    done = train(*TINY, "--dataset=test/kitchen-v0", f"--workdir={tmp_path}/kitchen")
+    assert done.code == 0, done.stderr
+    keys = ["observation", "desired_goal/kettle", "desired_goal/microwave"]
+    assert checkpoints.restore(tmp_path / "kitchen").run["data"]["observation_keys"] == keys
+    assert f"data.observation_keys are {tuple(keys)}" in done.stdout
+    for command, workdir in ((train, "tt"), (train_iql, "iql")):
+        done = command(
+            *TINY, "--dataset=test/maze-v0", f"--workdir={tmp_path}/{workdir}", "--config.eval.num_episodes=1"
+        )
+        assert done.code == 0, done.stderr
+        run = checkpoints.restore(tmp_path / workdir).run
+        assert run["data"]["observation_keys"] == ["observation", "desired_goal"]
+    done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", "--num_episodes=1")
+    assert done.code == 0, done.stderr
+    again = train(*TINY, "--dataset=test/maze-v0", f"--workdir={tmp_path}/tt")
+    assert "is done: 10 of 10 steps" in again.stdout
+
+
+def test_training_needs_no_configuration(train, datasets, tmp_path):
+    done = train("--dataset=test/single-v0", f"--workdir={tmp_path}", "--config.train.num_steps=1", *TINY[1:3])
+    assert done.code == 0, done.stderr
+    assert checkpoints.restore(tmp_path).run["plan"]["beam_width"] == 32
 
 
 @pytest.mark.parametrize("kind", ["fails", "sleeps"])

@@ -219,6 +219,7 @@ def test_short_and_single_episodes_train(train, tmp_path, name, held_out):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--config.model.embd_dim=3"], "the configuration has no field 'embd_dim'"),
         (["--wrokdir=run"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (["--config.train.num_step=1"], "num_step"),
         (

@@ -19,7 +19,7 @@ class Dataset:
     tokenizer: tokenization.Discretizer
     train: trajectories.TokenStore
     held_out: trajectories.TokenStore | None  # None: too few episodes
-    env_spec: str | None  # JSON
+    run: dict  # for the checkpoint, see `describe_run`
 
 
 def data_config(settings) -> trajectories.DataConfig:
@@ -28,12 +28,42 @@ def data_config(settings) -> trajectories.DataConfig:
     return entry.to_dataclass(trajectories.DataConfig, {name: settings[name] for name in names & set(settings)})
 
 
+def with_keys(dataset_id: str, settings: trajectories.DataConfig, *, download: bool = False) -> trajectories.DataConfig:
+    """Fill in the keys of a Dict observation that none are named of: all of numbers, goals last.
+
+    An `achieved_goal` all of whose columns are in the observation is left out.
+    """
+    storage = minari_files.open_storage(dataset_id, download=download)
+    if settings.observation_keys or not hasattr(storage.observation_space, "keys") or not storage.total_episodes:
+        return settings
+    keys = sorted(spaces.keys(storage.observation_space), key=lambda key: (key.startswith("desired_goal"), key))
+    (episode,) = minari_files.read_episodes(storage, [0])
+    columns = {key: spaces.flatten(spaces.entry(episode["observations"], key)).T for key in keys}
+    others = [
+        column for key in keys if not key.startswith(("achieved_goal", "desired_goal")) for column in columns[key]
+    ]
+
+    def repeats(key):
+        return all(any(np.array_equal(column, other) for other in others) for column in columns[key])
+
+    keys = [key for key in keys if not (key.startswith("achieved_goal") and repeats(key))]
+    logging.info("data.observation_keys are %s", tuple(keys))
+    return dataclasses.replace(settings, observation_keys=tuple(keys))
+
+
+def describe_run(config: ml_collections.ConfigDict, settings: trajectories.DataConfig, *, max_path_length: int) -> dict:
+    """Return what a checkpoint holds of how it was made: the configuration with the keys that were taken, and more."""
+    run = config.to_dict()
+    run["data"]["observation_keys"] = list(settings.observation_keys)
+    return run | {"env_spec": minari_files.evaluation_spec(config.dataset), "max_path_length": max_path_length}
+
+
 def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dataset:
     """Load, tokenise and split `config.dataset`; raises ValueError if the data cannot be used.
 
     The tokenizer is fitted on all episodes, as the reference does, so every process fits the same.
     """
-    settings = data_config(config.data)
+    settings = with_keys(config.dataset, data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=settings, download=download)
     settings = dataclasses.replace(settings, max_path_length=loaded.max_path_length)
     spec = types.TransitionSpec(
@@ -70,7 +100,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
         tokenizer=tokenizer,
         train=trajectories.select_tokens(store, train_episodes),
         held_out=trajectories.select_tokens(store, held_out_episodes) if len(held_out_episodes) else None,
-        env_spec=minari_files.evaluation_spec(config.dataset),
+        run=describe_run(config, settings, max_path_length=settings.max_path_length),
     )
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -69,8 +70,12 @@ def run(main_fn):
 def _parse_flags(argv):
     def parse():
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS(_with_config(argv))
         except Exception as error:  # a configuration is code: it may raise anything
+            if isinstance(error, AttributeError) and str(error)[:1] in ("'", '"'):  # ml_collections quotes the name
+                suggestion = re.search(r'Did you mean "\w+"', str(error))
+                name, hint = re.search(r"\w+", str(error))[0], f"; {suggestion[0].lower()}?" if suggestion else "."
+                raise UsageError(f"the configuration has no field {name!r}{hint}") from error
             message = str(error).strip().splitlines() or [repr(error)]
             raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
         if rest[1:]:
@@ -79,6 +84,13 @@ def _parse_flags(argv):
     if code := _exit_code(parse):
         sys.exit(code)
     return argv[:1]
+
+
+def _with_config(argv):
+    """Add the command's default configuration file, see `run_flags.config`, if none is given."""
+    default = getattr(flags.FLAGS["config"], "default_file", None) if "config" in flags.FLAGS else None
+    given = any(argument.lstrip("-").split("=")[0] == "config" for argument in argv[1:])
+    return [*argv[:1], f"--config={default}", *argv[1:]] if default and not given else argv
 
 
 def _exit_code(*functions):

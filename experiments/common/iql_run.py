@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import data_parallel, environments, iql, iql_training, minari_files, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -23,7 +23,7 @@ def train(config, workdir, *, preemption, download=False):
         )
     if config.data.step != 1:
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
-    data_config = datasets.data_config(config.data)
+    data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=data_config, download=download)
     transitions = trajectories.transitions(loaded)
     settings = dict(config.iql)
@@ -37,10 +37,7 @@ def train(config, workdir, *, preemption, download=False):
     )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
     units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
-    run = config.to_dict() | {
-        "env_spec": minari_files.evaluation_spec(config.dataset),
-        "max_path_length": loaded.max_path_length,
-    }
+    run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
 
     def params_fn(params):
         return jax.tree.map(lambda leaf: leaf[0], params) if train_config.num_seeds == 1 else params

@@ -43,7 +43,7 @@ def train(config, workdir, *, preemption, download=False):
         model={
             "config": model_config,
             "tokenizer": data.tokenizer,
-            "run": config.to_dict() | {"env_spec": data.env_spec, "max_path_length": data.config.max_path_length},
+            "run": data.run,
         },
         train_fn=train_fn,
         store=data.train,
