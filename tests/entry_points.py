@@ -30,6 +30,7 @@ MAZE = [
     "--config.train.checkpoint_every=40",
     "--config.plan.window=(3, 2)",
 ]
+# For large programs that run for milliseconds: compiled in half the time. The quickstart is tested without it.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 BOX = [*MAZE, "--config.data.observation_keys=()"]  # for datasets without Dict observations
 

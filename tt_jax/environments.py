@@ -35,7 +35,7 @@ def make(env: str | registration.EnvSpec, **kwargs) -> gymnasium.Env:
     try:
         return gymnasium.make(env, **kwargs)
     except Exception as error:  # an environment is code: drivers, missing packages, wrong arguments
-        reason = " ".join(f"{error or type(error).__name__}".split())[:300]
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise ValueError(f"Environment {getattr(env, 'id', env)} cannot be made: {reason}{problem}") from error
 
 
