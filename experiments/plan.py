@@ -12,12 +12,13 @@ import functools
 import pathlib
 import time
 
+import gymnasium
 import jax
 import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, run_flags
-from tt_jax import environments, minari_files, rollouts, sequence_planner, transformer
+from tt_jax import environments, minari_files, rollouts, sequence_planner, spaces, transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
@@ -108,11 +109,15 @@ def main(_):
     except environments.Unavailable as error:
         raise ValueError(f"{error}; pass --env=ID.") from error
     rollouts.check_spaces(envs, model.spec, config=data_config)
-    goal_space = getattr(envs.single_observation_space, "spaces", {}).get("desired_goal")
-    if model.goal_conditioned and (not goal_space or 2 * goal_space.shape[0] != model.spec.observation_dim):
+    if plan_config.num_elites > 1 and not isinstance(envs.single_action_space, gymnasium.spaces.Box):
+        raise ValueError(f"--plan.num_elites={plan_config.num_elites} must be 1: discrete actions have no mean.")
+    observation_space = envs.single_observation_space
+    has_goal = isinstance(observation_space, gymnasium.spaces.Dict) and "desired_goal" in observation_space.spaces
+    goal_dim = spaces.columns(observation_space["desired_goal"]).size if has_goal else 0
+    if model.goal_conditioned and 2 * goal_dim != model.spec.observation_dim:
         raise ValueError(
             "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
-            f"{goal_space.shape[0] if goal_space else 0} dimensions, the observation {model.spec.observation_dim}."
+            f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes

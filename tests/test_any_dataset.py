@@ -144,6 +144,8 @@ def test_the_best_plan_in_a_grid_world_is_found(train, plan, recorded, worlds, t
     results = json.loads((plan.folder / "results.json").read_text())
     starts = [worlds.Corridor().reset(seed=episode["seed"])[0] for episode in results["episodes"]]
     assert [episode["return"] for episode in results["episodes"]] == [min(6, 6 - (3 - cell)) for cell in starts]
+    done = plan(f"--workdir={tmp_path}", *PLAN, "--env=worlds:Corridor-v0", "--plan.num_elites=2")
+    assert done.code == 2 and "--plan.num_elites=2 must be 1: discrete actions have no mean." in done.error
 
 
 def test_a_kitchen_with_wide_actions_is_learned_from_and_planned_in(train, train_iql, plan, recorded, tmp_path):
