@@ -1,9 +1,51 @@
 #!/usr/bin/env bash
-# The same command on every host of a TPU pod whose hosts have this repository in ~/tt_jax and its .venv.
-#   TPU=NAME ZONE=us-central2-b launch/tpu_pod.sh experiments.train_tt --config=... --workdir=/mnt/shared/DIR
-# The workdir must be one folder that all hosts see, such as a mounted bucket. Ends with the run's exit code.
+# A run on a TPU pod (queued resource), which is made if it does not exist; made and started again after preemption:
+#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh [--dry_run] --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot \
+#     experiments.train_tt --config=... --workdir=/mnt/DIR
+#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh --follow | --delete
+# Options in front of the module are those of `gcloud compute tpus queued-resources create`. Every host gets what git
+# tracks, changes included, an environment with EXTRAS (tpu,envs,logging,download), and runs SETUP, which mounts a folder
+# that all hosts see and that outlives the pod: the workdir lies there. Ctrl-C ends the watching alone, --follow resumes
+# it. Exit code 75 and lost hosts start the run again, at most MAX_RESTARTS times (100), POLL seconds (30) later.
 set -euo pipefail
-: "${TPU:?set TPU to the name of the pod}" "${ZONE:?set ZONE to the zone of the pod}"
-printf -v arguments ' %q' "$@" --distributed
-exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
-  --command="cd ~/tt_jax && exec .venv/bin/python -m$arguments"
+here="$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=launch/common.sh
+source "$here/common.sh"
+: "${TPU:?set TPU to the name of the pod}" "${ZONE:?set ZONE to the zone of the pod}" "${SETUP:=true}"
+archive="$(mktemp -d)/tt_jax.tgz"
+trap 'rm -rf "$(dirname "$archive")"' EXIT
+
+tpus() { run gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
+on_all() { tpus tpu-vm ssh "$TPU" --worker=all --ssh-flag=-oServerAliveInterval=20 --command="$1"; }
+state() { gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null; }
+delete() { tpus queued-resources delete "$TPU" --force; }
+create() { tpus queued-resources create "$TPU" --node-id="$TPU" ${options[@]+"${options[@]}"}; }
+ready() { # create it if there is none or what was there is gone, and wait until it is active
+  if [[ -n "$dry_run" ]]; then create && return; fi
+  while now="$(state || true)" && [[ "$now" != ACTIVE ]]; do
+    case "$now" in
+      "") create || return ;;
+      SUSPENDED | FAILED) delete || return ;;
+    esac
+    sleep "${POLL:-30}"
+  done
+}
+copy() {
+  commit="$(git -C "$here/.." stash create)"
+  run git -C "$here/.." archive --output="$archive" "${commit:-HEAD}" &&
+    tpus tpu-vm scp "$archive" "$TPU:tt_jax.tgz" --worker=all
+}
+install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] ||
+  { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } &&
+  bash -c 'source launch/environment.sh ${EXTRAS:-tpu,envs,logging,download}' && { $SETUP; }"
+printf -v command ' %q' "$@" --distributed
+
+if [[ " ${options[*]-} " == *" --delete "* ]]; then delete && exit; fi
+if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detached.sh tt_jax/.run" && exit; fi
+for ((restarts = 0; ; restarts++)); do
+  code=0 && { ready && copy && on_all "$install" && on_all "cd tt_jax && launch/detached.sh .run .venv/bin/python -m$command"; } || code=$?
+  if [[ "$code" == 0 || "$code" == 2 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
+  sleep "${POLL:-30}"
+  if [[ "$code" != 75 && "$code" -le 128 && "$(state || true)" == ACTIVE ]]; then exit "$code"; fi
+  echo "tpu_pod.sh: ended with $code, starts again ($((restarts + 1)) of ${MAX_RESTARTS:-100})" >&2
+done
