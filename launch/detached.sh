@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Let a command outlive the connection through which it is started (Linux): start it in the background if FOLDER's is
-# not running, show its log from the beginning, and end with its exit code. Without a command, only watch.
+# not running, show the end of its log as it grows, and end with its exit code. Without a command, only watch.
 #   launch/detached.sh FOLDER [COMMAND ...]
 set -euo pipefail
 folder="$1"
@@ -17,5 +17,5 @@ elif (($#)) && [[ "$(cat "$folder/command")" != "$*" ]]; then
   echo "detached.sh: another command is still running here: $(cat "$folder/command")" >&2
   exit 2
 fi
-tail -n +1 -f --pid="$(cat "$folder/pid")" "$folder/log"
+tail -n 1000 -f --pid="$(cat "$folder/pid")" "$folder/log"
 exit "$(cat "$folder/code" 2>/dev/null || echo 137)" # without a code it was lost

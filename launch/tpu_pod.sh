@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A run on a TPU pod (queued resource), which is made if it does not exist; made and started again after preemption:
-#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh [--dry_run] --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot \
-#     experiments.train_tt --config=... --workdir=/mnt/DIR
-#   TPU=NAME ZONE=ZONE launch/tpu_pod.sh --follow | --delete
+#   export TPU=NAME ZONE=ZONE SETUP='sudo mkdir -p /mnt/runs && sudo mount HOST:/SHARE /mnt/runs'
+#   launch/tpu_pod.sh [--dry_run] --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot \
+#     experiments.train_tt --config=... --workdir=/mnt/runs/NAME
+#   launch/tpu_pod.sh --follow    # what runs there
+#   launch/tpu_pod.sh --delete
 # Options in front of the module are those of `gcloud compute tpus queued-resources create`. Every host gets what git
-# tracks, changes included, an environment with EXTRAS (tpu,envs,logging,download), and runs SETUP, which mounts a folder
-# that all hosts see and that outlives the pod: the workdir lies there. Ctrl-C ends the watching alone, --follow resumes
-# it. Exit code 75 and lost hosts start the run again, at most MAX_RESTARTS times (100), POLL seconds (30) later.
+# tracks, changes included, an environment with EXTRAS (tpu,envs,logging,download), and runs SETUP, here to mount what
+# all hosts share and what outlives them. Ctrl-C ends the watching, not the run. Exit code 75, a lost host and
+# preemption start the run again, POLL seconds (30) later and at most MAX_RESTARTS times (100).
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/common.sh
@@ -17,12 +19,14 @@ trap 'rm -rf "$(dirname "$archive")"' EXIT
 
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
 on_all() { tpus tpu-vm ssh "$TPU" --worker=all --ssh-flag=-oServerAliveInterval=20 --command="$1"; }
-state() { gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null; }
+state() {
+  gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null || true
+}
 delete() { tpus queued-resources delete "$TPU" --force; }
 create() { tpus queued-resources create "$TPU" --node-id="$TPU" ${options[@]+"${options[@]}"}; }
 ready() { # create it if there is none or what was there is gone, and wait until it is active
   if [[ -n "$dry_run" ]]; then create && return; fi
-  while now="$(state || true)" && [[ "$now" != ACTIVE ]]; do
+  while now="$(state)" && [[ "$now" != ACTIVE ]]; do
     case "$now" in
       "") create || return ;;
       SUSPENDED | FAILED) delete || return ;;
@@ -31,21 +35,21 @@ ready() { # create it if there is none or what was there is gone, and wait until
   done
 }
 copy() {
-  commit="$(git -C "$here/.." stash create)"
+  commit="$(git -C "$here/.." stash create)" || return
   run git -C "$here/.." archive --output="$archive" "${commit:-HEAD}" &&
     tpus tpu-vm scp "$archive" "$TPU:tt_jax.tgz" --worker=all
 }
 install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] ||
   { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } &&
   bash -c 'source launch/environment.sh ${EXTRAS:-tpu,envs,logging,download}' && { $SETUP; }"
-printf -v command ' %q' "$@" --distributed
+start="cd tt_jax && launch/detached.sh .run .venv/bin/python -m$(printf ' %q' "$@" --distributed)"
 
 if [[ " ${options[*]-} " == *" --delete "* ]]; then delete && exit; fi
 if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detached.sh tt_jax/.run" && exit; fi
 for ((restarts = 0; ; restarts++)); do
-  code=0 && { ready && copy && on_all "$install" && on_all "cd tt_jax && launch/detached.sh .run .venv/bin/python -m$command"; } || code=$?
+  code=0 && { ready && copy && on_all "$install" && on_all "$start"; } || code=$?
   if [[ "$code" == 0 || "$code" == 2 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
   sleep "${POLL:-30}"
-  if [[ "$code" != 75 && "$code" -le 128 && "$(state || true)" == ACTIVE ]]; then exit "$code"; fi
+  if [[ "$code" != 75 && "$code" -le 128 && "$(state)" == ACTIVE ]]; then exit "$code"; fi
   echo "tpu_pod.sh: ended with $code, starts again ($((restarts + 1)) of ${MAX_RESTARTS:-100})" >&2
 done
