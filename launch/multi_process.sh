@@ -30,7 +30,7 @@ for ((restarts = 1; ; restarts++)); do
   if [[ -n "$dry_run" ]]; then exit; fi
   if [[ -n "$stopped" ]]; then signal TERM; fi # came between two of them
   while [[ -n "$left" ]]; do
-    sleep 0.1
+    sleep 0.1 || true # Ctrl-C ends it
     still=""
     for id in $left; do
       if kill -0 "${pids[id]}" 2>/dev/null; then still+=" $id" && continue; fi

@@ -14,21 +14,22 @@ here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/common.sh
 source "$here/common.sh"
 : "${TPU:?set TPU to the name of the pod}" "${ZONE:?set ZONE to the zone of the pod}" "${SETUP:=true}"
-archive="$(mktemp -d)/tt_jax.tgz"
-trap 'rm -rf "$(dirname "$archive")"' EXIT
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
 
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
 on_all() { tpus tpu-vm ssh "$TPU" --worker=all --ssh-flag=-oServerAliveInterval=20 --command="$1"; }
-state() {
-  gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>/dev/null || true
+state() { # nothing if there is no such pod; fails if that is not known
+  if ! gcloud compute tpus queued-resources describe "$TPU" --zone="$ZONE" --format="value(state.state)" 2>"$folder/why"
+  then grep -q NOT_FOUND "$folder/why" || { cat "$folder/why" >&2 && return 255; }; fi
 }
 delete() { tpus queued-resources delete "$TPU" --force; }
 create() { tpus queued-resources create "$TPU" --node-id="$TPU" ${options[@]+"${options[@]}"}; }
 ready() { # create it if there is none or what was there is gone, and wait until it is active
   if [[ -n "$dry_run" ]]; then create && return; fi
-  while now="$(state)" && [[ "$now" != ACTIVE ]]; do
+  while now="$(state)" || return; [[ "$now" != ACTIVE ]]; do
     case "$now" in
-      "") create || return ;;
+      "") create || exit ;;
       SUSPENDED | FAILED) delete || return ;;
     esac
     sleep "${POLL:-30}"
@@ -36,20 +37,20 @@ ready() { # create it if there is none or what was there is gone, and wait until
 }
 copy() {
   commit="$(git -C "$here/.." stash create)" || return
-  run git -C "$here/.." archive --output="$archive" "${commit:-HEAD}" &&
-    tpus tpu-vm scp "$archive" "$TPU:tt_jax.tgz" --worker=all
+  run git -C "$here/.." archive --output="$folder/tt_jax.tgz" "${commit:-HEAD}" &&
+    tpus tpu-vm scp "$folder/tt_jax.tgz" "$TPU:tt_jax.tgz" --worker=all
 }
 install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] ||
   { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } &&
   bash -c 'source launch/environment.sh ${EXTRAS:-tpu,envs,logging,download}' && { $SETUP; }"
 start="cd tt_jax && launch/detached.sh .run .venv/bin/python -m$(printf ' %q' "$@" --distributed)"
 
-if [[ " ${options[*]-} " == *" --delete "* ]]; then delete && exit; fi
-if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detached.sh tt_jax/.run" && exit; fi
+if [[ " ${options[*]-} " == *" --delete "* ]]; then delete; exit; fi
+if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detached.sh tt_jax/.run"; exit; fi
 for ((restarts = 0; ; restarts++)); do
   code=0 && { ready && copy && on_all "$install" && on_all "$start"; } || code=$?
   if [[ "$code" == 0 || "$code" == 2 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
   sleep "${POLL:-30}"
-  if [[ "$code" != 75 && "$code" -le 128 && "$(state)" == ACTIVE ]]; then exit "$code"; fi
+  if [[ "$code" != 75 && "$code" -le 128 && "$(state || true)" == ACTIVE ]]; then exit "$code"; fi
   echo "tpu_pod.sh: ended with $code, starts again ($((restarts + 1)) of ${MAX_RESTARTS:-100})" >&2
 done
