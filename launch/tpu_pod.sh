@@ -40,8 +40,8 @@ copy() {
   run git -C "$here/.." archive --output="$folder/tt_jax.tgz" "${commit:-HEAD}" &&
     tpus tpu-vm scp "$folder/tt_jax.tgz" "$TPU:tt_jax.tgz" --worker=all
 }
-install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] ||
-  { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } &&
+install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] || \
+  { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } && \
   bash -c 'source launch/environment.sh ${EXTRAS:-tpu,envs,logging,download}' && { $SETUP; }"
 start="cd tt_jax && launch/detached.sh .run .venv/bin/python -m$(printf ' %q' "$@" --distributed)"
 
