@@ -46,12 +46,11 @@ def read(folder: pathlib.Path) -> list[tuple[dict, dict]]:
             results = json.loads(path.read_text())
             config = json.loads(file.read_text()) if (file := path.with_name("config.json")).exists() else {}
             dataset = {"dataset": results.get("dataset") or results["environment"]}
-            training = {name: value for name, value in flatten(config).items() if not name.startswith("plan.")}
+            training = flatten({name: value for name, value in config.items() if name not in ("plan", "dataset")})
             policies = results.get("policies") or results.get("methods") or {None: results}
             for policy, row in policies.items():
-                settings = (
-                    dataset | ({"policy": policy} if policy else {}) | flatten(results["settings"]) | training | dataset
-                )
+                name = {"policy": policy} if policy else {}
+                settings = dataset | name | flatten(results["settings"]) | training
                 found.append((settings, {measure: row[measure] for measure in MEASURES if measure in row}))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} does not hold results of this project: {error!r}; move it elsewhere.") from error
