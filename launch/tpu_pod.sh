@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on a TPU pod (queued resource), which is made if it does not exist; made and started again after preemption:
-#   export TPU=NAME ZONE=ZONE SETUP='sudo mkdir -p /mnt/runs && sudo mount HOST:/SHARE /mnt/runs'
+#   export TPU=NAME ZONE=ZONE SETUP='mountpoint -q /mnt/runs || sudo mount HOST:/SHARE /mnt/runs'
 #   launch/tpu_pod.sh [--dry_run] --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot \
 #     experiments.train_tt --config=... --workdir=/mnt/runs/NAME
 #   launch/tpu_pod.sh --follow    # what runs there
