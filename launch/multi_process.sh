@@ -41,7 +41,7 @@ for ((restarts = 1; ; restarts++)); do
     if [[ "$code" != 0 && -z "$deadline" ]]; then
       deadline=$((SECONDS + ${GRACE:-60}))
       echo "multi_process.sh: process $culprit ended with $code, log in $logs/$culprit.log:" >&2
-      tail -n 1 "$logs/$culprit.log" >&2
+      tail -n 1 "$logs/$culprit.log" | tr '\r' '\n' | tail -n 1 >&2 # the last state of a progress bar
       if [[ "$code" != 75 ]]; then signal TERM; fi # after 75 the others are saving, too
     elif [[ -n "$deadline" && "$SECONDS" -ge "$deadline" ]]; then signal KILL; fi
   done

@@ -13,9 +13,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then # not in a job yet
+if [[ -z "${SLURM_JOB_ID:-}" || "${1:-}" == -* ]]; then # not in the job yet
   # shellcheck source=launch/common.sh
   source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+  : "${1:?slurm.sh needs a module, such as experiments.train_tt}"
   run sbatch ${options[@]+"${options[@]}"} "${BASH_SOURCE[0]}" "$@"
   exit
 fi

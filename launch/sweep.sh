@@ -5,7 +5,8 @@
 # Without lists, once for every run in that folder; {} in an argument is the run's workdir:
 #   JOBS=4 launch/sweep.sh --workdir=runs/sweep launch/local.sh experiments.plan --num_episodes=20 --out={}/results.json
 # Through launch/slurm.sh they are one job array; sbatch's options follow it. Otherwise each run's output is in its
-# output.log, and the exit code is not 0 if one failed. One table: python -m experiments.collect_results --workdir=DIR
+# output.log, below OUTPUT where the workdir is not on this machine, and the exit code is not 0 if one failed.
+# One table of all results: python -m experiments.collect_results --workdir=runs/sweep
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -19,11 +20,11 @@ while [[ "${1:-}" == -* ]]; do launcher+=("$1") && shift; done
 module=("$@")
 
 combine() { # NAME FLAGS LIST...: print a command for every combination of the lists
-  local name="$1" flags="$2" folder="$workdir/$1" flag="${3:-}" value values
+  local name="$1" flags="$2" folder="$workdir/$1" output="${OUTPUT:-$workdir}/$1" flag="${3:-}" value values
   if (($# == 2)); then
-    if [[ "${launcher[0]}" != *slurm.sh ]]; then printf 'mkdir -p %q && ' "$folder" && printf '%q ' "${launcher[@]}"; fi
+    if [[ "${launcher[0]}" != *slurm.sh ]]; then printf 'mkdir -p %q && ' "$output" && printf '%q ' "${launcher[@]}"; fi
     printf '%q ' "${module[@]//"{}"/$folder}" --workdir="$folder" && printf '%s' "$flags"
-    if [[ "${launcher[0]}" != *slurm.sh ]]; then printf '>>%q 2>&1' "$folder/output.log"; fi
+    if [[ "${launcher[0]}" != *slurm.sh ]]; then printf '>>%q 2>&1' "$output/output.log"; fi
     echo && return
   fi
   flag="${flag%%=*}" && IFS=, read -ra values <<<"${3#*=}"
@@ -41,12 +42,12 @@ else
   done)"
 fi
 if [[ -z "$commands" ]]; then echo "sweep.sh: there is no run in $workdir" >&2 && exit 2; fi
-if [[ -n "$dry_run" ]]; then echo "$commands"; else mkdir -p "$workdir" && echo "$commands" >"$workdir/commands"; fi
+list="${OUTPUT:-$workdir}/commands"
+if [[ -n "$dry_run" ]]; then echo "$commands"; else mkdir -p "$(dirname "$list")" && echo "$commands" >"$list"; fi
 if [[ "${launcher[0]}" == *slurm.sh ]]; then
-  array="--array=1-$(($(wc -l <<<"$commands")))%${JOBS:-1}"
-  run "${launcher[@]}" "$array" "$workdir/commands"
+  run "${launcher[@]}" --array="1-$(($(wc -l <<<"$commands")))%${JOBS:-1}" "$list"
 elif [[ -z "$dry_run" ]]; then
   # shellcheck disable=SC2016 # expanded by the inner shell
-  tr '\n' '\0' <"$workdir/commands" |
+  tr '\n' '\0' <"$list" |
     xargs -0 -n 1 -P "${JOBS:-1}" bash -c 'eval "$0" || { echo "sweep.sh: exit code $? of: $0" >&2; exit 1; }'
 fi

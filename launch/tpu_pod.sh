@@ -47,6 +47,7 @@ start="cd tt_jax && launch/detached.sh .run .venv/bin/python -m$(printf ' %q' "$
 
 if [[ " ${options[*]-} " == *" --delete "* ]]; then delete; exit; fi
 if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detached.sh tt_jax/.run"; exit; fi
+if (($# == 0)); then echo "tpu_pod.sh needs a module, such as experiments.train_tt" >&2 && exit 2; fi
 for ((restarts = 0; ; restarts++)); do
   code=0 && { ready && copy && on_all "$install" && on_all "$start"; } || code=$?
   if [[ "$code" == 0 || "$code" == 2 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi

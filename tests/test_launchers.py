@@ -260,6 +260,13 @@ def test_a_sweep_runs_every_combination_some_at_once(launch, tmp_path):
         assert (tmp_path / "runs" / name / "output.log").read_text() == f"hello {seed}\n"
 
 
+def test_the_output_of_a_sweep_can_lie_elsewhere(launch, tmp_path):
+    command = ["--workdir=/far/away", "--a=1", "echo", "module"]
+    code, output, errors = finish(launch("sweep", *command, OUTPUT="here"))
+    assert (code, output, errors) == (0, "", "")
+    assert (tmp_path / "here" / "a=1" / "output.log").read_text() == "module --workdir=/far/away/a=1 --a=1\n"
+
+
 def test_a_sweep_without_lists_takes_the_runs_that_are_there(launch, tmp_path):
     for name in ("one", "two"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -297,6 +304,8 @@ def test_slurm_is_given_the_options_and_the_script(launch, tmp_path):
     assert calls(tmp_path) == [["sbatch", "--nodes=2", "--partition=p", f"{ROOT}/launch/slurm.sh", "job", "--a=b c"]]
     stand_in(tmp_path, "sbatch", "exit 4")
     assert finish(launch("slurm", "job"))[0] == 4
+    assert finish(launch("slurm", "--nodes=2"))[0] != 0
+    assert len(calls(tmp_path)) == 2
 
 
 def run_job(launch, folder, script, state="RUNNING", **variables):
@@ -446,6 +455,8 @@ def test_a_pod_is_deleted_or_followed_on_request(launch, tmp_path):
     delete, follow = calls(tmp_path)
     assert delete[3:] == ["queued-resources", "delete", "pod", "--force", "--zone=z", "--quiet"]
     assert "--command=tt_jax/launch/detached.sh tt_jax/.run" in follow
+    assert pod(launch, tmp_path, "--spot")[0] == 2  # no module: nothing is made
+    assert len(calls(tmp_path)) == 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="runs on the hosts of a pod")
