@@ -50,7 +50,7 @@ if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detach
 if (($# == 0)); then echo "tpu_pod.sh needs a module, such as experiments.train_tt" >&2 && exit 2; fi
 for ((restarts = 0; ; restarts++)); do
   code=0 && { ready && copy && on_all "$install" && on_all "$start"; } || code=$?
-  if [[ "$code" == 0 || "$code" == 2 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
+  if [[ "$code" == 0 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
   sleep "${POLL:-30}"
   if [[ "$code" != 75 && "$code" -le 128 && "$(state || true)" == ACTIVE ]]; then exit "$code"; fi
   echo "tpu_pod.sh: ended with $code, starts again ($((restarts + 1)) of ${MAX_RESTARTS:-100})" >&2

@@ -474,3 +474,7 @@ def test_a_detached_command_outlives_its_watchers(launch, tmp_path):
     assert finish(second)[:2] == (75, "ended\n")
     assert finish(launch("detached", "run"))[:2] == (75, "began\nended\n")
     assert finish(launch("detached", "run", "bash", "-c", "kill -9 $$"))[0] == 137
+    lost = launch("detached", "run", "bash", "-c", "echo began; exec sleep 60")
+    assert lost.stdout.readline() == "began\n"
+    os.killpg(int((tmp_path / "run" / "pid").read_text()), signal.SIGKILL)
+    assert finish(lost)[0] == 137
