@@ -9,8 +9,9 @@ mkdir -p "$folder"
 running() { [[ -s "$folder/pid" ]] && kill -0 "$(cat "$folder/pid")" 2>/dev/null; }
 if ! running && (($#)); then
   rm -f "$folder/code"
+  : >"$folder/log" # before someone watches it
   # shellcheck disable=SC2016 # expanded by the inner shell
-  setsid bash -c 'code=0; "$@" || code=$?; echo "$code" >"$0/code"' "$folder" "$@" </dev/null >"$folder/log" 2>&1 &
+  setsid bash -c 'code=0; "$@" || code=$?; echo "$code" >"$0/code"' "$folder" "$@" </dev/null >>"$folder/log" 2>&1 &
   echo $! >"$folder/pid"
   echo "$*" >"$folder/command"
 elif (($#)) && [[ "$(cat "$folder/command")" != "$*" ]]; then

@@ -16,6 +16,7 @@ source "$here/common.sh"
 : "${TPU:?set TPU to the name of the pod}" "${ZONE:?set ZONE to the zone of the pod}" "${SETUP:=true}"
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
+trap 'exit 130' INT # whatever gcloud makes of it
 
 tpus() { run gcloud compute tpus "$@" --zone="$ZONE" --quiet; }
 on_all() { tpus tpu-vm ssh "$TPU" --worker=all --ssh-flag=-oServerAliveInterval=20 --command="$1"; }
@@ -40,7 +41,9 @@ copy() {
   run git -C "$here/.." archive --output="$folder/tt_jax.tgz" "${commit:-HEAD}" &&
     tpus tpu-vm scp "$folder/tt_jax.tgz" "$TPU:tt_jax.tgz" --worker=all
 }
-install="mkdir -p tt_jax && tar -xzf tt_jax.tgz -C tt_jax && cd tt_jax && { [ -x .venv/bin/python ] || \
+# shellcheck disable=SC2016 # expanded on the hosts
+running='kill -0 "$(cat tt_jax/.run/pid 2>/dev/null)" 2>/dev/null' # and keeps its code
+install="mkdir -p tt_jax && { $running || tar -xzf tt_jax.tgz -C tt_jax; } && cd tt_jax && { [ -x .venv/bin/python ] || \
   { curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv --seed --python=3.12 .venv; }; } && \
   bash -c 'source launch/environment.sh ${EXTRAS:-tpu,envs,logging,download}' && { $SETUP; }"
 start="cd tt_jax && launch/detached.sh .run .venv/bin/python -m$(printf ' %q' "$@" --distributed)"

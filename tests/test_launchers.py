@@ -459,6 +459,32 @@ def test_a_pod_is_deleted_or_followed_on_request(launch, tmp_path):
     assert len(calls(tmp_path)) == 2
 
 
+def test_ctrl_c_ends_the_watching_alone(launch, tmp_path):
+    (tmp_path / "state").write_text("ACTIVE")
+    watch = "trap 'exit 255' INT; touch up; until [[ -e go ]]; do sleep 0.01; done"
+    stand_in(tmp_path, "gcloud", f'case "$*" in *describe*) cat state ;; *launch/detached.sh*) {watch} ;; esac')
+    process = launch("tpu_pod", "job", TPU="pod", ZONE="z")
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGINT)
+    assert finish(process)[0] == 130
+    assert steps(tmp_path) == ["copy", "install", "run"]
+
+
+def test_code_is_not_replaced_under_what_runs(launch, tmp_path):
+    assert pod(launch, tmp_path, "job", state="ACTIVE")[0] == 0
+    install = next(call[-3] for call in calls(tmp_path) if "tar -xzf" in call[-3])
+    unpack = install.removeprefix("--command=").split(" && cd tt_jax")[0]
+    stand_in(tmp_path, "tar", "")
+    for pid, unpacked in (("", True), ("999999999", True), (str(os.getpid()), False)):
+        (tmp_path / "calls").write_text("")
+        (tmp_path / "tt_jax" / ".run").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tt_jax" / ".run" / "pid").write_text(pid)
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-c", unpack], cwd=tmp_path, env=environment, check=True)
+        assert bool(calls(tmp_path)) == unpacked
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="runs on the hosts of a pod")
 def test_a_detached_command_outlives_its_watchers(launch, tmp_path):
     command = ["run", "bash", "-c", "echo began; until [[ -e go ]]; do sleep 0.01; done; echo ended; exit 75"]
