@@ -9,7 +9,8 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "tt_jax" / "__init__.py").read_text()).group(1)
 README = ROOT / "README.md"
 
-ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2"]
+# gymnasium-robotics 1.4 cannot make its kitchen, Fetch and hand environments with mujoco from 3.12 on.
+ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2", "mujoco>=3.3,<3.12"]
 PLOTS = ["matplotlib>=3.10,<4", "imageio>=2.37,<3"]
 LOGGING = ["tensorboardX>=2.6,<3"]
 
@@ -22,10 +23,10 @@ setuptools.setup(
     author="tt_jax authors",
     license="MIT",
     python_requires=">=3.11",
-    packages=["tt_jax", "experiments", "experiments.configs"],
+    packages=["tt_jax"],  # experiments/ runs from a checkout: its name is too common for site-packages
     install_requires=[
-        "jax>=0.10,<0.12",
-        "flax>=0.12.6,<0.13",
+        "jax>=0.10,<0.13",
+        "flax>=0.12.7,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "chex>=0.1.91,<0.2",
@@ -42,7 +43,7 @@ setuptools.setup(
         "plots": PLOTS,
         "logging": LOGGING,
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING],
-        "cuda": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
     },
 )

@@ -4,7 +4,7 @@ python -m experiments.benchmark                                             # ev
 python -m experiments.benchmark --only=plan --setting=hopper --json=FILE    # one row: at once with the plain search
 
 On CPU everything is pinned to one core, since idle threads spin and would count. The ceilings in the first row, a large
-matrix product and a large copy, are taken in the same run; operations are counted by formula (see performance.md).
+matrix product and a large copy, are taken in the same run; operations are counted by formula (see docs/performance.md).
 """
 
 import contextlib
@@ -22,8 +22,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import entry
-from tests import oracle
+from experiments.common import entry, plain_search
 from tt_jax import data_parallel, iql, sequence_planner, tokenization, training, trajectories, transformer, types
 
 ONLY = flags.DEFINE_enum("only", None, ["plan", "train", "iql"], "Measure this alone.")
@@ -93,7 +92,7 @@ def plan_row(name, num_envs, *, peak):
     row["plans_per_second"] = num_envs / row["wall_seconds"]
     row["share_of_peak"] = _share(num_envs * plan_flops(config, plan_config), row, peak)
     if ORACLE.value:
-        plain = oracle.make_plan_fn(**make)
+        plain = plain_search.make_plan_fn(**make)
         plain(*arguments)  # compiles
         wall, cpu = time.perf_counter(), time.process_time()
         plain(*arguments)

@@ -11,17 +11,17 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from experiments import entry, recording, waypoint_controller
+from experiments.common import entry, recording, run_flags, waypoint_controller
 
 ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
-DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)
+DATASET = run_flags.new_dataset()
 STEPS = flags.DEFINE_integer("steps", 20_000, "Least number of transitions; the last episode is completed.", 1)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of starts, goals and noise.", 0)
+SEED = run_flags.seed(help="Seed of starts, goals and noise.")
 NOISE = flags.DEFINE_float("noise", 2.0, "Largest standard deviation of the action noise.", 0.0)
 REWARD = flags.DEFINE_enum(
     "reward", "dense", ["dense", "sparse"], "exp(-distance to the goal), or 1 within 0.45 of it."
 )
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset.")
+OVERWRITE = run_flags.overwrite()
 
 
 def main(_):

@@ -14,9 +14,9 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments import entry
+from experiments.common import entry, run_flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder below which the results lie.", required=True)
+WORKDIR = run_flags.workdir(help="Folder below which the results lie.", required=True)
 OUT = flags.DEFINE_string("out", None, "CSV file for the table, with all digits.")
 
 MEASURES = ("return", "normalized_score", "success", "length")

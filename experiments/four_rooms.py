@@ -9,39 +9,20 @@ command goes on where it was interrupted.
 
 import dataclasses
 import functools
-import json
-import os
-import pathlib
-import time
 
 import gymnasium
-import jax
 import numpy as np
-from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import (
-    action_repeat,
-    control,
-    datasets,
-    entry,
-    figures,
-    recording,
-    stages,
-    train_tt,
-    waypoint_controller,
-)
-from tt_jax import checkpoints, rollouts, sequence_planner, trajectories
+from experiments.common import control, datasets, entry, figures, recording, run_flags, stages, waypoint_controller
+from tt_jax import checkpoints, rollouts, trajectories
 
-# The flags of training serve here, too, with other defaults.
-CONFIG, DATASET, WORKDIR = train_tt.CONFIG, train_tt.DATASET, train_tt.WORKDIR
-flags.set_default(CONFIG, str(pathlib.Path(__file__).parent / "configs" / "four_rooms.py"))
-flags.set_default(WORKDIR, "runs/four_rooms")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of everything: data, training, and the episodes that are played.", 0, 2**31 // 10**6
+CONFIG, DATASET = run_flags.config("four_rooms"), run_flags.dataset()
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/four_rooms"), run_flags.download()
+SEED = run_flags.seed(
+    help="Seed of everything: data, training, and the episodes that are played.", upper_bound=2**31 // 10**6
 )
-DATA_EPISODES = flags.DEFINE_integer("data_episodes", 1600, "Episodes to collect.", 2)
-NUM_EPISODES = flags.DEFINE_integer("num_episodes", 48, "Episodes that each policy plays.", 2)
+DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(default=1600), run_flags.num_episodes(default=48)
 
 # Walls are #; the cells h are held out: no episode of the data has its goal there or ends there.
 MAP = """
@@ -56,11 +37,8 @@ MAP = """
 #########
 """
 DATA_SECONDS, EPISODE_SECONDS = 3, 4  # of 100 environment steps: the longest way takes the controller 2.2
-ACTION_REPEAT = 5  # environment steps of 10 ms that every action is held
-NOISE_HOLD = waypoint_controller.NOISE_HOLD // ACTION_REPEAT  # actions that share their noise
 MAX_NOISE = 0.8  # largest standard deviation of the controller's action noise in the data
 NUM_ENVS = 32  # at most, in step
-FIRST_DATA_SEED = 10_000  # no episode of the data is played again for the table
 # What is played: a name, the cells that goals are drawn from, and who acts.
 PLAYED = {
     "random": ("h", "random"),
@@ -71,43 +49,21 @@ PLAYED = {
 
 
 def main(_):
-    preemption = entry.Preemption()
-    workdir = pathlib.Path(WORKDIR.value)
-    CONFIG.value.seed = SEED.value
-    if stages.is_done(workdir, _settings()):
-        _report(workdir)
-        return
-    config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=workdir)
-    os.environ["MINARI_DATASETS_PATH"] = str(workdir.resolve() / "datasets")
-    started = time.time()
-    with stages.stage("1/4 collect data with a scripted controller"):
-        data = stages.once(workdir / "data.json", lambda: _collect(config.dataset, preemption))
-    with stages.stage("2/4 train the Trajectory Transformer"):
-        train_tt.train(config, workdir, preemption=preemption)
-    with stages.stage("3/4 go to goals"):
-        (workdir / "episodes").mkdir(exist_ok=True)
-        played = {}
-        for number, name in enumerate(PLAYED):
-            path = workdir / "episodes" / f"{number}.json"
-            played[name] = stages.once(path, functools.partial(_control, workdir, name, preemption))
-    with stages.stage("4/4 draw figures"):
-        _draw(workdir, played, config.dataset)
-    results = {
-        "environment": f"point maze of four rooms, {len(_cells('h'))} of {len(_cells('h.'))} cells held out as goals",
-        "data": data,
-        "policies": {name: _summarize(episodes) for name, episodes in played.items()},
-        "wall_time_s": time.time() - started,  # of what was left to do
-        "device": jax.devices()[0].device_kind,
-        "commit": entry.commit_id(),
-        "settings": _settings(),
-    }
-    stages.write_json(workdir / "results.json", results)
-    _report(workdir)
-
-
-def _settings() -> dict:
-    numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
-    return numbers | {"config": CONFIG.value.to_dict()}
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    held_out = f"{len(_cells('h'))} of {len(_cells('h.'))} cells held out as goals"
+    results = stages.learn_and_play(
+        experiment,
+        numbers={flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)},
+        environment=f"point maze of four rooms, {held_out}",
+        collect_fn=_collect,
+        play_title="go to goals",
+        policies=PLAYED,
+        play_fn=_play,
+        draw_fn=_draw,
+        summarize_fn=_summarize,
+        download=DOWNLOAD.value,
+    )
+    stages.report(experiment, _table(results), "four_rooms.png", "learning_curve.png")
 
 
 def _cells(marks) -> list[tuple[int, int]]:
@@ -120,48 +76,37 @@ def make_env(goals: str, *, seconds: int) -> gymnasium.Env:
     """Make the maze with goals in the cells marked as `goals` in MAP; episodes start in any cell."""
     maze_map = [[1 if mark == "#" else "c" if mark == goals else "r" for mark in row] for row in MAP.split()]
     settings = {"maze_map": maze_map, "reward_type": "sparse", "max_episode_steps": 100 * seconds}
-    return action_repeat.ActionRepeat(recording.make_env("PointMaze_UMaze-v3", **settings), ACTION_REPEAT)
-
-
-def _play(policy, seeds, preemption, *, goals, seconds, title) -> list[rollouts.Episode]:
-    envs = rollouts.vectorize(functools.partial(make_env, goals, seconds=seconds), min(len(seeds), NUM_ENVS))
-    episodes, _ = control.play(
-        envs,
-        policy,
-        seeds=[1_000_000 * SEED.value + seed for seed in seeds],
-        config=datasets.data_config(CONFIG.value.data),
-        title=title,
-        check=lambda: preemption.check(title),
-    )
-    return episodes
+    env = recording.make_env("PointMaze_UMaze-v3", **settings)
+    return rollouts.ActionRepeat(env, waypoint_controller.ACTION_REPEAT)
 
 
 def _controller(max_noise) -> rollouts.Policy:
-    maze = make_env(".", seconds=1).unwrapped.maze
-    return waypoint_controller.make_policy(maze, max_noise=max_noise, noise_hold=NOISE_HOLD)
+    return waypoint_controller.make_policy(make_env(".", seconds=1).unwrapped.maze, max_noise=max_noise)
 
 
-def _collect(dataset_id, preemption) -> dict:
+def _collect(experiment) -> dict:
     """Record the dataset and describe it.
 
     An episode ends when it rests in its goal, since data that is mostly rest teaches a model to rest. Those that do not
     get there and end in a held-out cell are left out.
     """
-    env = make_env(".", seconds=DATA_SECONDS)
-    seeds = range(FIRST_DATA_SEED, FIRST_DATA_SEED + DATA_EPISODES.value)
-    episodes = _play(_controller(MAX_NOISE), seeds, preemption, goals=".", seconds=DATA_SECONDS, title="collect")
-    held_out, maze = set(_cells("h")), env.unwrapped.maze
-    kept = []
-    for episode in map(_until_rest, episodes):
+    held_out, maze = set(_cells("h")), make_env(".", seconds=DATA_SECONDS).unwrapped.maze
+
+    def ends_in_a_goal_cell(episode):
         goal = episode.observations[-2][:2]  # the last one with an action, which training takes as the goal
-        if tuple(maze.cell_xy_to_rowcol(goal).tolist()) not in held_out:
-            kept.append(episode)
-    recording.write(
-        dataset_id, map(recording.to_buffer, kept), env=env, description="Waypoint controller with noise in four rooms."
+        return tuple(maze.cell_xy_to_rowcol(goal).tolist()) not in held_out
+
+    kept = stages.collect(
+        experiment,
+        functools.partial(make_env, ".", seconds=DATA_SECONDS),
+        _controller(MAX_NOISE),
+        stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True),
+        description="Waypoint controller with noise in four rooms.",
+        select_fn=lambda episodes: list(filter(ends_in_a_goal_cell, map(_until_rest, episodes))),
     )
     return {
         "episodes": len(kept),
-        "left_out": len(episodes) - len(kept),
+        "left_out": DATA_EPISODES.value - len(kept),
         "transitions": sum(episode.length for episode in kept),
         "success": control.mean_and_error([episode.success for episode in kept]),
     }
@@ -177,44 +122,43 @@ def _until_rest(episode) -> rollouts.Episode:
     return dataclasses.replace(episode, observations=episode.observations[: length + 1], **fields)
 
 
-def _control(workdir, name, preemption) -> list[dict]:
-    """Play the episodes of one policy and describe each of them."""
+def _play(experiment, name) -> list[dict]:
+    """Play the episodes of one policy and describe each of them, or read what was played before."""
     goals, actor = PLAYED[name]
-    policy = {
+    make_policy = {
         "random": lambda: control.act_randomly,
         "controller": lambda: _controller(0.0),
-        "planner": lambda: _plan_policy(workdir),
-    }[actor]()
-    episodes = _play(policy, range(NUM_EPISODES.value), preemption, goals=goals, seconds=EPISODE_SECONDS, title=name)
-    return [
-        {
-            "seed": episode.seed,
-            "goal": episode.goal.tolist(),
-            "success": episode.success,
-            "seconds": 0.01 * ACTION_REPEAT * (1 + episode.successes.index(True)) if episode.success else None,
-            "positions": np.round(np.array(episode.observations)[:, :2], 3).tolist(),
-        }
-        for episode in episodes
-    ]
+        "planner": lambda: _plan_policy(experiment),
+    }[actor]
+
+    def play():
+        seeds = stages.reset_seeds(SEED.value, NUM_EPISODES.value)
+        make = functools.partial(make_env, goals, seconds=EPISODE_SECONDS)
+        episodes, _ = stages.play(experiment, make, make_policy(), seeds, title=name, num_envs=NUM_ENVS)
+        return list(map(_describe, episodes))
+
+    return stages.once(experiment.workdir / "episodes" / f"{list(PLAYED).index(name)}.json", play)
 
 
-def _plan_policy(workdir) -> rollouts.Policy:
-    checkpoint = checkpoints.restore(workdir)
-    config = entry.to_dataclass(sequence_planner.PlanConfig, CONFIG.value.plan, discount=CONFIG.value.data.discount)
-    num_envs = min(NUM_EPISODES.value, NUM_ENVS)
-    policy = control.plan_policy(checkpoint, config, seed=SEED.value, max_batch=num_envs, by_likelihood=True)
-    logging.info("compiling the planner")
-    control.compile_policy(policy, checkpoint.config.spec.observation_dim, num_envs)
-    return policy
+def _describe(episode) -> dict:
+    seconds_per_action = 0.01 * waypoint_controller.ACTION_REPEAT
+    return {
+        "seed": episode.seed,
+        "goal": episode.goal.tolist(),
+        "success": episode.success,
+        "seconds": seconds_per_action * (1 + episode.successes.index(True)) if episode.success else None,
+        "positions": np.round(np.array(episode.observations)[:, :2], 3).tolist(),
+    }
 
 
-def _draw(workdir, played, dataset_id):
-    """Draw the learning curve; and where the data ends beside the paths to goals where it never does."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    figures.draw_learning_curve(figure.subplots(), workdir)
-    figures.save(figure, workdir / "figures" / "learning_curve.png")
+def _plan_policy(experiment) -> rollouts.Policy:
+    checkpoint, max_batch = checkpoints.restore(experiment.workdir), min(NUM_EPISODES.value, NUM_ENVS)
+    return stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=max_batch, by_likelihood=True)
 
-    data = trajectories.load(dataset_id, config=datasets.data_config(CONFIG.value.data))
+
+def _draw(experiment, played):
+    """Draw where the data ends beside the paths to goals where it never does."""
+    data = trajectories.load(experiment.config.dataset, config=datasets.data_config(experiment.config.data))
     ends = data.observations[data.offsets[1:] - 1, :2]
     episodes = sorted(played["likelihood search"], key=lambda episode: not episode["success"])  # misses on top
     maze = make_env("h", seconds=1).unwrapped.maze  # its goals are the held-out cells
@@ -231,27 +175,24 @@ def _draw(workdir, played, dataset_id):
     figures.add_maze_legend(right)
     reached = sum(episode["success"] for episode in episodes)
     right.set_title(f"{reached} of {len(episodes)} episodes reach their held-out goal, the red ones do not")
-    figures.save(figure, workdir / "figures" / "four_rooms.png")
+    figures.save(figure, experiment.workdir / "figures" / "four_rooms.png")
 
 
 def _summarize(episodes) -> dict:
     return {"success": control.mean_and_error([episode["success"] for episode in episodes]), "episodes": episodes}
 
 
-def _report(workdir):
-    """Print the table and say where everything is."""
-    results = json.loads((workdir / "results.json").read_text())
-    print(f"{results['environment']}; {NUM_EPISODES.value} episodes of {EPISODE_SECONDS} s for each line")
-    print(f"{'policy':<40}{'success':>15}{'seconds to the goal':>22}")
+def _table(results) -> list[str]:
+    lines = [
+        f"{results['environment']}; {NUM_EPISODES.value} episodes of {EPISODE_SECONDS} s for each line",
+        f"{'policy':<40}{'success':>15}{'seconds to the goal':>22}",
+    ]
     for name, row in results["policies"].items():
         seconds = [episode["seconds"] for episode in row["episodes"] if episode["success"]]
         median = f"{np.median(seconds):.2f}" if seconds else "-"
-        print(f"{name:<40}{row['success']['mean']:8.2f} ± {row['success']['standard_error']:4.2f}{median:>22}")
-    print(
-        f"The model learned from {results['data']['episodes']} episodes, none of which ended in a held-out cell.\n"
-        f"figures: {workdir / 'figures' / 'four_rooms.png'}, {workdir / 'figures' / 'learning_curve.png'}\n"
-        f"numbers: {workdir / 'results.json'}"
-    )
+        lines.append(f"{name:<40}{row['success']['mean']:8.2f} ± {row['success']['standard_error']:4.2f}{median:>22}")
+    episodes = results["data"]["episodes"]
+    return lines + [f"The model learned from {episodes} episodes, none of which ended in a held-out cell."]
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ import gymnasium
 import tqdm
 from absl import flags, logging
 
-from experiments import d4rl, entry, recording
+from experiments.common import d4rl, entry, recording, run_flags
 
 FILES = flags.DEFINE_list("files", None, "Paths or URLs of HDF5 files, separated by commas.", required=True)
-DATASET = flags.DEFINE_string("dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True)
+DATASET = run_flags.new_dataset()
 ENV = flags.DEFINE_string("env", None, "Gymnasium id of the environment, such as Hopper-v5.", required=True)
 REF_MIN = flags.DEFINE_float("ref_min_score", None, "Return of a random policy; by default D4RL's for --env.")
 REF_MAX = flags.DEFINE_float("ref_max_score", None, "Return of an expert; by default D4RL's for --env.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing dataset.")
+OVERWRITE = run_flags.overwrite()
 
 
 def main(_):

@@ -13,15 +13,13 @@ from collections.abc import Mapping
 
 import numpy as np
 from absl import flags, logging
-from ml_collections import config_flags
 
-from experiments import datasets, entry
+from experiments.common import datasets, entry, run_flags
 from tt_jax import checkpoints, torch_import, training, transformer
 
 STATE_DICT = flags.DEFINE_string("state_dict", None, "File that torch.save wrote of model.state_dict().", required=True)
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
-DATASET = flags.DEFINE_string("dataset", None, "Minari dataset id, in place of the configuration's.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for configuration and checkpoint, without checkpoints so far.")
+CONFIG, DATASET = run_flags.config(), run_flags.dataset()
+WORKDIR = run_flags.workdir(help="Folder for configuration and checkpoint, without checkpoints so far.")
 NUM_HEADS = flags.DEFINE_integer("num_heads", 4, "Attention heads, of which the file has no trace.", 1)
 
 

@@ -9,7 +9,6 @@ The newest checkpoint in the workdir brings its environment, its observation lay
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 
@@ -18,18 +17,14 @@ import minari
 import numpy as np
 from absl import flags
 
-from experiments import control, datasets, entry
+from experiments.common import control, datasets, entry, run_flags
 from tt_jax import rollouts, sequence_planner, transformer
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the training run.", required=True)
+WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
-NUM_EPISODES = flags.DEFINE_integer("num_episodes", 20, "Episodes to play.", 1)
-NUM_ENVS = flags.DEFINE_integer(
-    "num_envs", 10, "Environments that are planned together; each episode has its own seed.", 1
-)
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the planner and of the first episode; each further one adds 1.", 0, 2**31
-)
+NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
+NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
+SEED = run_flags.seed(help="Seed of the planner and of the first episode; each further one adds 1.", upper_bound=2**31)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
 PLANNER = flags.DEFINE_enum(
@@ -114,7 +109,7 @@ def main(_):
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
     seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
-    episodes, num_plans = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
+    episodes, counts = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
     seconds = time.time() - compiled
 
     results = {
@@ -122,8 +117,8 @@ def main(_):
         "environment": envs.envs[0].spec.id,
         "dataset": run["dataset"],
         **control.summarize(episodes, None if ENV.value else _open_dataset(run["dataset"])),
-        "num_plans": num_plans,
-        "plans_per_second": num_plans / seconds,
+        "num_plans": counts["plans"],
+        "plans_per_second": counts["plans"] / seconds,
         "wall_time_s": seconds,
         "compile_time_s": compiled - started,
         "device": jax.devices()[0].device_kind,
@@ -133,9 +128,7 @@ def main(_):
             "plan": dataclasses.asdict(plan_config),
         },
     }
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(out)
+    entry.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=episodes[0].actions)
     _print_table(results)

@@ -6,204 +6,104 @@ Minutes on 2 CPU cores. What is done is kept in the workdir: the same command go
 where the results are. The dataset is stored there, too, not among the user's own Minari datasets.
 """
 
-import json
-import os
-import pathlib
-import time
-
 import gymnasium
-import jax
 import numpy as np
-from absl import flags, logging
 from matplotlib.figure import Figure
 
-from experiments import (
-    action_repeat,
-    control,
-    datasets,
-    entry,
-    figures,
-    recording,
-    stages,
-    train_tt,
-    waypoint_controller,
-)
-from tt_jax import checkpoints, rollouts, sequence_planner, tokenization
+from experiments.common import control, entry, figures, recording, run_flags, stages, waypoint_controller
+from tt_jax import checkpoints, rollouts, tokenization
 
-# The flags of training serve here, too, with other defaults.
-CONFIG, DATASET, WORKDIR = train_tt.CONFIG, train_tt.DATASET, train_tt.WORKDIR
-flags.set_default(CONFIG, str(pathlib.Path(__file__).parent / "configs" / "quickstart.py"))
-flags.set_default(WORKDIR, "runs/quickstart")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of everything: data, training, planning, and the episodes that are played.", 0
-)
-DATA_EPISODES = flags.DEFINE_integer("data_episodes", 1600, "Episodes to collect.", 2)
-NUM_EPISODES = flags.DEFINE_integer("num_episodes", 24, "Episodes that each policy plays.", 2)
+CONFIG, DATASET = run_flags.config("quickstart"), run_flags.dataset()
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/quickstart"), run_flags.download()
+SEED = run_flags.seed(help="Seed of everything: data, training, planning, and the episodes that are played.")
+DATA_EPISODES, NUM_EPISODES = run_flags.data_episodes(default=1600), run_flags.num_episodes(default=24)
 
 EPISODE_STEPS = 300
-ACTION_REPEAT = 5  # environment steps of 10 ms that every action is held
-NOISE_HOLD = waypoint_controller.NOISE_HOLD // ACTION_REPEAT  # actions that share their noise
-NUM_ENVS = 32  # at most, in step
-FIRST_DATA_SEED = 10_000  # no episode of the data is played again for the table
 MAX_NOISE = 2.0  # largest standard deviation of the behaviour policy's action noise
 SHOWN_EPISODES = 6  # in the figure
 POLICIES = ("random", "behaviour", "behaviour without noise", "beam search")
 
 
 def main(_):
-    preemption = entry.Preemption()
-    workdir = pathlib.Path(WORKDIR.value)
-    CONFIG.value.seed = SEED.value
-    if stages.is_done(workdir, _settings()):
-        _report(workdir)
-        return
-    config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=workdir)
-    os.environ["MINARI_DATASETS_PATH"] = str(workdir.resolve() / "datasets")
-    started = time.time()
-    with stages.stage("1/4 collect data with a scripted controller"):
-        data = stages.once(workdir / "data.json", lambda: _collect(config.dataset, preemption))
-    with stages.stage("2/4 train the Trajectory Transformer"):
-        train_tt.train(config, workdir, preemption=preemption)
-    with stages.stage("3/4 control the maze"):
-        played = {name: _control(workdir, name, preemption) for name in POLICIES}
-    with stages.stage("4/4 draw figures"):
-        _draw(workdir, played)
-    results = {
-        "environment": "PointMaze_UMaze-v3 with dense reward",
-        "data": data,
-        "policies": {name: _summarize(record) for name, record in played.items()},
-        "wall_time_s": time.time() - started,  # of what was left to do
-        "device": jax.devices()[0].device_kind,
-        "commit": entry.commit_id(),
-        "settings": _settings(),
-    }
-    stages.write_json(workdir / "results.json", results)
-    _report(workdir)
-
-
-def _settings() -> dict:
-    numbers = {flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)}
-    return numbers | {"config": CONFIG.value.to_dict()}
-
-
-# 1. Data
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    results = stages.learn_and_play(
+        experiment,
+        numbers={flag.name: flag.value for flag in (SEED, DATA_EPISODES, NUM_EPISODES)},
+        environment="PointMaze_UMaze-v3 with dense reward",
+        collect_fn=_collect,
+        play_title="control the maze",
+        policies=POLICIES,
+        play_fn=_play,
+        draw_fn=_draw,
+        summarize_fn=_summarize,
+        download=DOWNLOAD.value,
+    )
+    stages.report(experiment, _table(results), "maze.png", "learning_curve.png")
 
 
 def make_env() -> gymnasium.Env:
     """Make the maze. At its own 100 actions a second a plan of some steps would lead nowhere."""
     env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense")
-    return action_repeat.ActionRepeat(env, ACTION_REPEAT)
+    return rollouts.ActionRepeat(env, waypoint_controller.ACTION_REPEAT)
 
 
-def _collect(dataset_id, preemption) -> dict:
-    """Record the dataset and describe it; what an interruption left of it is replaced."""
-    env = make_env()
-    episodes = _play(
-        _waypoint_policy(MAX_NOISE), _seeds(FIRST_DATA_SEED, DATA_EPISODES.value), preemption, title="collect"
-    )
-    buffers = [recording.to_buffer(episode) for episode in episodes]
-    recording.write(dataset_id, buffers, env=env, description="Waypoint controller with noise, see the quickstart.")
-    returns = [episode.total_reward for episode in episodes]
+def _waypoint_policy(max_noise) -> rollouts.Policy:
+    return waypoint_controller.make_policy(make_env().unwrapped.maze, max_noise=max_noise)
+
+
+def _collect(experiment) -> dict:
+    """Record the dataset and describe it."""
+    seeds = stages.reset_seeds(SEED.value, DATA_EPISODES.value, of_data=True)
+    description = "Waypoint controller with noise, see the quickstart."
+    episodes = stages.collect(experiment, make_env, _waypoint_policy(MAX_NOISE), seeds, description=description)
     return {
         "episodes": len(episodes),
         "transitions": sum(episode.length for episode in episodes),
-        "return": control.mean_and_error(returns),
+        "return": control.mean_and_error([episode.total_reward for episode in episodes]),
     }
 
 
-# 3. Control
-
-
-def _control(workdir, name, preemption) -> dict[str, np.ndarray]:
+def _play(experiment, name) -> dict[str, np.ndarray]:
     """Play the episodes with one policy, or read what was played before."""
-    path = workdir / "control" / f"{name.replace(' ', '_')}.npz"
-    if path.exists():
-        logging.info("%s: already done", name)
-    else:
-        path.parent.mkdir(exist_ok=True)
+
+    def play():
         plans = []
         make_policy = {
             "random": lambda: control.act_randomly,
             "behaviour": lambda: _waypoint_policy(MAX_NOISE),
             "behaviour without noise": lambda: _waypoint_policy(0.0),
-            "beam search": lambda: _plan_policy(workdir, plans),
+            "beam search": lambda: _plan_policy(experiment, plans),
         }
-        policy, clock = _timed(make_policy[name]())
-        episodes = _play(policy, _seeds(0, NUM_EPISODES.value), preemption, title=name)
-        temporary = path.with_name("unfinished.npz")
-        np.savez(temporary, seconds_per_action=clock["seconds"] / clock["actions"], **_record(episodes, plans))
-        temporary.replace(path)
-    with np.load(path) as file:
-        return dict(file)
+        seeds = stages.reset_seeds(SEED.value, NUM_EPISODES.value)
+        episodes, counts = stages.play(experiment, make_env, make_policy[name](), seeds, title=name)
+        observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]: all are equally long
+        return {
+            "seconds_per_action": counts["seconds"] / counts["actions"],
+            "returns": np.array([episode.total_reward for episode in episodes]),
+            "successes": np.array([episode.success for episode in episodes]),
+            "positions": observations[..., :2],
+            "goals": observations[:, 0, 4:6],
+            "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
+        }
+
+    return stages.once(experiment.workdir / "control" / f"{name.replace(' ', '_')}.npz", play, title=name)
 
 
-def _seeds(first, num_episodes) -> list[int]:
-    return [1_000_000 * SEED.value + first + i for i in range(num_episodes)]
-
-
-def _play(policy, seeds, preemption, *, title) -> list[rollouts.Episode]:
-    envs = rollouts.vectorize(make_env, min(len(seeds), NUM_ENVS))
-    config = datasets.data_config(CONFIG.value.data)
-    episodes, _ = control.play(
-        envs, policy, seeds=seeds, config=config, title=title, check=lambda: preemption.check(title)
-    )
-    return episodes
-
-
-def _timed(policy) -> tuple[rollouts.Policy, dict[str, float]]:
-    """Let a policy count its seconds and its actions."""
-    clock = {"seconds": 0.0, "actions": 0}
-
-    def timed_policy(episodes):
-        started = time.time()
-        actions = policy(episodes)
-        clock["seconds"] += time.time() - started
-        clock["actions"] += actions.shape[0] * actions.shape[1]
-        return actions
-
-    return timed_policy, clock
-
-
-def _record(episodes, plans) -> dict[str, np.ndarray]:
-    observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]: all are equally long
-    return {
-        "returns": np.array([episode.total_reward for episode in episodes]),
-        "successes": np.array([episode.success for episode in episodes]),
-        "positions": observations[..., :2],
-        "goals": observations[:, 0, 4:6],
-        "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
-    }
-
-
-def _waypoint_policy(max_noise) -> rollouts.Policy:
-    return waypoint_controller.make_policy(make_env().unwrapped.maze, max_noise=max_noise, noise_hold=NOISE_HOLD)
-
-
-def _plan_policy(workdir, plans) -> rollouts.Policy:
-    """Make the policy that plans with the trained model, compiled; it appends the positions it imagines to `plans`."""
-    checkpoint = checkpoints.restore(workdir)
-    config = entry.to_dataclass(sequence_planner.PlanConfig, CONFIG.value.plan, discount=CONFIG.value.data.discount)
+def _plan_policy(experiment, plans) -> rollouts.Policy:
+    """Make the policy that plans with the trained model; it appends the positions it imagines to `plans`."""
+    checkpoint = checkpoints.restore(experiment.workdir)
 
     def note(output):
         tokens = np.asarray(output.tokens)[..., :2]
         plans.append(tokenization.decode(checkpoint.tokenizer, tokens, dims=slice(2)).astype(np.float32))
 
-    policy = control.plan_policy(checkpoint, config, seed=SEED.value, max_batch=NUM_EPISODES.value, on_plan=note)
-    logging.info("compiling the planner")
-    control.compile_policy(policy, checkpoint.config.spec.observation_dim, NUM_EPISODES.value)
-    plans.clear()
+    policy = stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=NUM_EPISODES.value, on_plan=note)
+    plans.clear()  # of the compilation
     return policy
 
 
-# 4. Results
-
-
-def _draw(workdir, played):
-    """Draw the learning curve, and the maze with executed trajectories on the left and imagined plans on the right."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    figures.draw_learning_curve(figure.subplots(), workdir)
-    figures.save(figure, workdir / "figures" / "learning_curve.png")
-
+def _draw(experiment, played):
+    """Draw the maze with executed trajectories on the left and imagined plans on the right."""
     record = played["beam search"]
     positions, goals = record["positions"], record["goals"]
     longest = int(np.argmax(np.ptp(positions, axis=1).sum(axis=-1)))  # the episode that covers most of the maze
@@ -219,7 +119,7 @@ def _draw(workdir, played):
     right.set_title("What it imagined: the best plans of one episode")
     for axes in (left, right):
         figures.add_maze_legend(axes)
-    figures.save(figure, workdir / "figures" / "maze.png")
+    figures.save(figure, experiment.workdir / "figures" / "maze.png")
 
 
 def _summarize(record) -> dict:
@@ -231,21 +131,19 @@ def _summarize(record) -> dict:
     }
 
 
-def _report(workdir):
-    """Print the table and say where everything is."""
-    results = json.loads((workdir / "results.json").read_text())
-    data = results["data"]
-    print(f"{results['environment']}, {EPISODE_STEPS} steps, {NUM_EPISODES.value} episodes on the same reset seeds")
-    print(f"{'policy':<26}{'return':>15}{'success':>10}{'ms/action':>12}")
+def _table(results) -> list[str]:
+    lines = [
+        f"{results['environment']}, {EPISODE_STEPS} steps, {NUM_EPISODES.value} episodes on the same reset seeds",
+        f"{'policy':<26}{'return':>15}{'success':>10}{'ms/action':>12}",
+    ]
     for name, row in results["policies"].items():
         mean, error = row["return"]["mean"], row["return"]["standard_error"]
-        print(f"{name:<26}{mean:8.1f} ± {error:4.1f}{row['success']['mean']:10.2f}{row['ms_per_action']:12.2f}")
-    print(
+        lines.append(f"{name:<26}{mean:8.1f} ± {error:4.1f}{row['success']['mean']:10.2f}{row['ms_per_action']:12.2f}")
+    data = results["data"]
+    return lines + [
         f"The model learned from {data['episodes']} episodes of the behaviour policy with mean return "
-        f"{data['return']['mean']:.1f}. Without its noise it is the ceiling.\n"
-        f"figures: {workdir / 'figures' / 'maze.png'}, {workdir / 'figures' / 'learning_curve.png'}\n"
-        f"numbers: {workdir / 'results.json'}"
-    )
+        f"{data['return']['mean']:.1f}. Without its noise it is the ceiling."
+    ]
 
 
 if __name__ == "__main__":

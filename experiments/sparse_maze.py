@@ -6,42 +6,39 @@ A scripted controller with action noise walks between random cells; its episodes
 the way from the evaluation's start to its goal. The reward is 1 in the goal, which the observation does not tell.
 """
 
-import os
-import pathlib
+import functools
 
 import gymnasium
 import numpy as np
-from absl import flags
 from gymnasium_robotics.envs.maze import maps
 
-from experiments import action_repeat, control, entry, maze_table, recording, stages, train_iql, waypoint_controller
-from tt_jax import rollouts, trajectories
+from experiments.common import comparison, entry, recording, run_flags, stages, waypoint_controller
+from tt_jax import rollouts
 
-flags.set_default(maze_table.CONFIG, str(pathlib.Path(__file__).parent / "configs" / "sparse_maze.py"))
-flags.set_default(maze_table.WORKDIR, "runs/sparse_maze")
-flags.set_default(train_iql.NUM_SEEDS, 3)
-DATA_EPISODES = flags.DEFINE_integer("data_episodes", 2500, "Episodes to collect.", 2)
+CONFIG, DATASET = run_flags.config("sparse_maze"), run_flags.dataset()
+WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/sparse_maze"), run_flags.download()
+SEED = run_flags.seed(help="Seed of the data, of the first training and of the first episode.")
+DATA_EPISODES, NUM_SEEDS = run_flags.data_episodes(default=2500), run_flags.num_seeds(default=3)
+NUM_EPISODES = run_flags.num_episodes(default=50, help="Episodes that each trained model plays.")
+NUM_ENVS = run_flags.num_envs(default=25)
 
-ACTION_REPEAT = 5  # environment steps of 10 ms that every action is held
 DATA_STEPS, EVAL_STEPS = 80, 750  # environment steps; the noiseless controller takes about 220 from start to goal
 START, GOAL = (1, 1), (6, 6)  # cells (row, column)
 MAX_NOISE = 1.0  # largest standard deviation of the behaviour policy's action noise
-NOISE_HOLD = waypoint_controller.NOISE_HOLD // ACTION_REPEAT  # actions that share their noise
-NUM_ENVS = 50  # in step
-CONFIG_OF_DATA = trajectories.DataConfig(observation_keys=("observation", "desired_goal"))
 
 
 def main(_):
-    preemption = entry.Preemption()
-    workdir = pathlib.Path(maze_table.WORKDIR.value)
-    os.environ["MINARI_DATASETS_PATH"] = str(workdir.resolve() / "datasets")
+    experiment = stages.begin(CONFIG.value, WORKDIR.value, seed=SEED.value, dataset=DATASET.value)
+    workdir = experiment.workdir
+    stages.keep_datasets_in(workdir)
     with stages.stage("collect data with a scripted controller"):
-        record = stages.once(workdir / "data.json", lambda: _collect(maze_table.CONFIG.value.dataset, preemption))
-    asked = {"episodes": DATA_EPISODES.value, "seed": maze_table.SEED.value}
+        record = stages.once(workdir / "data.json", lambda: _collect(experiment))
+    asked = {"episodes": DATA_EPISODES.value, "seed": SEED.value}
     found = {name: record.get(name) for name in asked}
     if found != asked:
         raise entry.UsageError(f"{workdir} holds data with {found}, not {asked}; use another --workdir.")
-    maze_table.compare(maze_table.CONFIG.value, workdir, preemption=preemption)
+    sizes = {flag.name: flag.value for flag in (NUM_SEEDS, NUM_EPISODES, NUM_ENVS)}
+    comparison.compare(experiment, **sizes, download=DOWNLOAD.value)
 
 
 def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnasium.Env:
@@ -59,31 +56,23 @@ def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnas
         max_episode_steps=max_episode_steps,
     )
     goal = tuple(env.unwrapped.maze.cell_rowcol_to_xy(np.array(GOAL)).tolist())
-    return action_repeat.ActionRepeat(rollouts.FixedGoal(env, goal), ACTION_REPEAT)
+    return rollouts.ActionRepeat(rollouts.FixedGoal(env, goal), waypoint_controller.ACTION_REPEAT)
 
 
-def _collect(dataset_id, preemption) -> dict:
-    """Record the dataset and describe it; what an interruption left of it is replaced."""
-    env = make_env(start=None, max_episode_steps=DATA_STEPS)
-    first = 1_000_000 * (1 + maze_table.SEED.value)  # no episode of the data is played again for the table
-    envs = rollouts.vectorize(lambda: make_env(start=None, max_episode_steps=DATA_STEPS), NUM_ENVS)
-    episodes, _ = control.play(
-        envs,
-        _behaviour_policy(env.unwrapped.maze),
-        seeds=range(first, first + DATA_EPISODES.value),
-        config=CONFIG_OF_DATA,
-        title="collect",
-        check=lambda: preemption.check("collect"),
-    )
-    recording.write(
-        dataset_id,
-        map(recording.to_buffer, episodes),
-        env=env,
-        eval_env=make_env(start=START, max_episode_steps=EVAL_STEPS),
+def _collect(experiment) -> dict:
+    """Record the dataset and describe it."""
+    make_data_env = functools.partial(make_env, start=None, max_episode_steps=DATA_STEPS)
+    first = 1_000_000 * (1 + SEED.value)  # no episode of the data is played again for the table
+    episodes = stages.collect(
+        experiment,
+        make_data_env,
+        _behaviour_policy(make_data_env().unwrapped.maze),
+        range(first, first + DATA_EPISODES.value),
         description="Waypoint controller with noise between random cells, cut short, see experiments/sparse_maze.py.",
+        eval_env=make_env(start=START, max_episode_steps=EVAL_STEPS),
     )
     transitions = sum(episode.length for episode in episodes)
-    return {"episodes": len(episodes), "seed": maze_table.SEED.value, "transitions": transitions}
+    return {"episodes": len(episodes), "seed": SEED.value, "transitions": transitions}
 
 
 def _behaviour_policy(maze) -> rollouts.Policy:
@@ -93,7 +82,7 @@ def _behaviour_policy(maze) -> rollouts.Policy:
     def draw_goal(episode, rng):
         return maze.cell_rowcol_to_xy(np.array(cells[rng.integers(len(cells))]))
 
-    return waypoint_controller.make_policy(maze, max_noise=MAX_NOISE, noise_hold=NOISE_HOLD, goal_fn=draw_goal)
+    return waypoint_controller.make_policy(maze, max_noise=MAX_NOISE, goal_fn=draw_goal)
 
 
 if __name__ == "__main__":

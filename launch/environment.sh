@@ -1,14 +1,22 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: enter the repository root and set PYTHON to an interpreter that has the package
-# with the extras "$1", e.g. "envs,plots". An interpreter given as PYTHON= is used and installed into; otherwise .venv.
+# with the extras "$1", e.g. "envs,plots". An interpreter given as PYTHON= is used and installed into; otherwise .venv,
+# made with the newest tested Python of this machine.
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 make_venv() {
-  local base
-  for base in python3 python3.14 python3.13 python3.12 python3.11; do
+  local version base
+  for version in "${TESTED_PYTHONS[@]}"; do
+    if base="$(find_python "$version")"; then
+      echo "Making .venv with Python $version"
+      "$base" -m venv .venv
+      return
+    fi
+  done
+  for base in python3 python3.14; do
     if new_enough "$base"; then
-      echo "Making .venv with $base"
+      echo "Making .venv with $base: of the tested ones, ${TESTED_PYTHONS[*]}, none that can make it was found." >&2
       "$base" -m venv .venv
       return
     fi
@@ -21,6 +29,8 @@ if [[ "${PYTHON:-}" == */* ]]; then # keep a relative path, but not through symb
   PYTHON="$(cd "$(dirname "$PYTHON")" && pwd)/$(basename "$PYTHON")"
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+# shellcheck source=launch/find_python.sh
+source launch/find_python.sh
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON="$PWD/.venv/bin/python"
   new_enough "$PYTHON" || make_venv

@@ -3,6 +3,7 @@
 # on to pytest.
 #   launch/test.sh [-m slow ...]
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" test
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

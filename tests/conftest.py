@@ -1,15 +1,38 @@
 """Settings of every test, made before jax is imported."""
 
 import atexit
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
+from entry_points import FAST_COMPILATION
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["MPLBACKEND"] = "agg"
 
 # Entry points run as subprocesses share what they compile, with each other but with no earlier run of the tests.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tt_jax_tests_")
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_report_header():
+    """Say what the tests run with."""
+    versions = {each.name: each.version for each in importlib.metadata.distributions()}
+    names = [
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "chex",
+        "numpy",
+        "minari",
+        "gymnasium",
+        "gymnasium-robotics",
+        "mujoco",
+    ]
+    return ", ".join(f"{name} {versions.get(name, 'is missing')}" for name in names)

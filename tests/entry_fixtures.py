@@ -12,7 +12,7 @@ import pytest
 from entry_points import MAZE, ROOT, SERVER, EntryPoint
 from minari.data_collector import EpisodeBuffer
 
-from experiments import recording, waypoint_controller
+from experiments.common import recording, waypoint_controller
 
 
 @pytest.fixture(scope="session")

@@ -30,12 +30,13 @@ MAZE = [
     "--config.train.checkpoint_every=40",
     "--config.plan.window=(3, 2)",
 ]
+# For large programs that run for milliseconds: compiled in half the time. The quickstart is tested without it.
 FAST_COMPILATION = "--xla_backend_optimization_level=0"
 BOX = [*MAZE, "--config.data.observation_keys=()"]  # for datasets without Dict observations
 
 SERVER = """
 import gc, importlib, json, os, sys
-from experiments import entry
+from experiments.common import entry
 
 program = importlib.import_module(sys.argv[1])
 gc.freeze()  # commands that end do not clean up what they share

@@ -7,8 +7,6 @@ import numpy as np
 from tt_jax import tokenization, torch_import, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=10)
-# For large programs that run for milliseconds: what they compute is the same, compiled in a third of the time.
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 CONFIG = transformer.TransformerConfig(spec=SPEC, num_layers=2, num_heads=2, embed_dim=16, max_transitions=4)
 
 

@@ -10,7 +10,7 @@ import minari
 import numpy as np
 import pytest
 
-from experiments import recording, waypoint_controller
+from experiments.common import recording, waypoint_controller
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MAZE = [

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments import entry
+from experiments.common import entry
 from experiments.configs import antmaze, base, four_rooms, locomotion, maze, quickstart, sparse_maze
 from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer, types
 

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import entry
+from experiments.common import entry
 from tt_jax import checkpoints, types
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +22,7 @@ PROGRAM = """
 import time
 from absl import flags
 from ml_collections import config_flags
-from experiments import entry
+from experiments.common import entry
 
 CONFIG = config_flags.DEFINE_config_file("config")
 MODE = flags.DEFINE_string("mode", "return", "What to do.")

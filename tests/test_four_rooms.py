@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from entry_points import ROOT
 
-from experiments import recording
+from experiments.common import recording
 from tt_jax import checkpoints
 
 pytest_plugins = ["entry_fixtures"]

@@ -11,7 +11,7 @@ import minari
 import numpy as np
 import pytest
 
-from experiments import d4rl
+from experiments.common import d4rl
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import pathlib
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -356,10 +355,9 @@ def test_eight_seeds_in_one_program_equal_single_runs():
 
         return jax.lax.scan(step, state, length=5)
 
-    jit = functools.partial(jax.jit, compiler_options=golden.FAST_COMPILE)
-    keys, train_one = jax.random.split(jax.random.key(8), 8), jit(train)
+    keys, train_one = jax.random.split(jax.random.key(8), 8), jax.jit(train)
     states = jax.jit(jax.vmap(functools.partial(iql.init, config=CONFIG)))(keys)
-    together = jit(jax.vmap(train))(states, keys)
+    together = jax.jit(jax.vmap(train))(states, keys)
     for i, key in enumerate(keys):
         alone = init(key, config=CONFIG)
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], states), alone, rtol=1e-6, atol=1e-6)

@@ -9,11 +9,11 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from test_sequence_planner import CONFIG, ONE_LAYER, SPEC, random_params, random_roots
 from transform_checks import check_transforms
 
+from experiments.common import plain_search
 from tt_jax import likelihood_search, planning, sequence_planner, tokenization, types
 
 GOAL_CONFIG = dataclasses.replace(golden.CONFIG, goal_conditioned=True, reference_goal_mask=True)
@@ -123,7 +123,7 @@ def search_reference(arrays, case, config, window, **filters):
     search_fn = likelihood_search.make_search_fn(config=config, plan_config=plan_config, num_tokens=num_tokens)
     observation = tokenization.decode(discretizer, observed, dims=slice(3)).astype(np.float32)[None]
     context = types.Context(tokens=tokens, length=length)
-    found, scores = jax.jit(search_fn, compiler_options=golden.FAST_COMPILE)(params, context, observation)
+    found, scores = jax.jit(search_fn)(params, context, observation)
     np.testing.assert_array_equal(found[0, 0], arrays[f"{case}/best"][arrays[f"{case}/prefix"].size :])
     np.testing.assert_allclose(scores[0], arrays[f"{case}/cum_logp"], rtol=1e-5, atol=5e-5)
 
@@ -179,7 +179,7 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
         horizon=case.horizon, window=case.window, context_transitions=case.size, beam_width=5, **case.filters
     )
     plan_fn = likelihood_search.make_likelihood_plan_fn(config=config, plan_config=plan_config)
-    plan_fn = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)
+    plan_fn = jax.jit(plan_fn)
     num_tokens = case.horizon * SPEC.transition_dim - SPEC.observation_dim
     for seed in range(2):
         params = random_params(config=config, seed=seed)
@@ -192,7 +192,7 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
         plans = plan_fn(params, rng_key, context, observation)
         observed = tokenization.encode(edges, np.asarray(observation), dims=slice(SPEC.observation_dim))
         for env, length in enumerate(case.lengths):
-            tokens, scores = oracle.search_by_likelihood(
+            tokens, scores = plain_search.search_by_likelihood(
                 params.transformer,
                 np.asarray(context.tokens)[env, :length],
                 observed[env],
@@ -219,7 +219,7 @@ def test_the_stop_token_can_be_kept_to_the_beginning_of_a_transition():
     def stops(**changes):
         changed = dataclasses.replace(plan_config, **changes)
         plan_fn = likelihood_search.make_likelihood_plan_fn(config=ONE_LAYER, plan_config=changed)
-        plan = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, *roots)
+        plan = jax.jit(plan_fn)(params, *roots)
         assert np.isfinite(plan.scores).all()
         return np.asarray(plan.tokens == SPEC.stop_token)  # [B, H, D]
 
@@ -236,7 +236,7 @@ def goal_plans():
     plan_fn = likelihood_search.make_likelihood_plan_fn(config=config, plan_config=plan_config)
     chex.clear_trace_counter()
     params = random_params(config=config).replace(goal=jnp.array([[0.5, -1.0, 2.0], [-2.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
-    return params, jax.jit(chex.assert_max_traces(plan_fn, n=2), compiler_options=golden.FAST_COMPILE)
+    return params, jax.jit(chex.assert_max_traces(plan_fn, n=2))
 
 
 def test_a_plan_for_a_goal_depends_on_its_own_environment_alone(goal_plans):

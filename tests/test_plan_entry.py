@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from entry_points import MAZE
 
-from experiments import recording
+from experiments.common import recording
 from tt_jax import checkpoints
 
 pytest_plugins = ["entry_fixtures"]

@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from experiments import action_repeat, recording
+from experiments.common import recording
 from tt_jax import checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -85,8 +85,11 @@ def test_all_policies_play_the_same_episodes(finished):
 
 def test_the_checkpoint_brings_the_environment_back(finished):
     workdir, *_ = finished
-    spec = gymnasium.envs.registration.EnvSpec.from_json(checkpoints.restore(workdir).run["env_spec"])
-    env = recording.make_env(spec)
+    text = checkpoints.restore(workdir).run["env_spec"]
+    assert "tt_jax.rollouts:ActionRepeat" in text
+    before = text.replace("tt_jax.rollouts:ActionRepeat", "experiments.action_repeat:ActionRepeat")  # recorded earlier
+    env, earlier = (recording.make_env(gymnasium.envs.registration.EnvSpec.from_json(each)) for each in (text, before))
+    assert earlier.spec == env.spec
     observation, _ = env.reset(seed=0)
     played = np.load(workdir / "control" / "random.npz")
     np.testing.assert_allclose(observation["desired_goal"], played["goals"][0], rtol=1e-6)
@@ -116,18 +119,3 @@ def test_a_workdir_of_other_settings_is_refused(finished):
     refused = _quickstart(workdir.parent, "--seed=1")
     assert refused.returncode == 2
     assert "use another --workdir" in refused.stderr and refused.stderr.count("\n") == 1
-
-
-def test_repeated_actions_add_up_rewards_until_the_episode_ends():
-    class Count(gymnasium.Env):
-        observation_space = action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
-        count = 0
-
-        def step(self, action):
-            self.count += 1
-            return action, float(self.count), self.count == 8, False, {}
-
-    env = action_repeat.ActionRepeat(Count(), 5)
-    action = np.zeros(1, np.float32)
-    assert env.step(action)[1:4] == (1 + 2 + 3 + 4 + 5, False, False)
-    assert env.step(action)[1:4] == (6 + 7 + 8, True, False)

@@ -305,3 +305,18 @@ def test_a_fixed_goal_stands_still_while_the_start_moves():
         rollouts.FixedGoal(Walk(), [0.0, 0.0])
     again = gymnasium.make(gymnasium.envs.registration.EnvSpec.from_json(make_env().spec.to_json()))
     np.testing.assert_array_equal(again.reset(seed=0)[0]["desired_goal"], [1.0, -1.0])
+
+
+def test_repeated_actions_add_up_rewards_until_the_episode_ends():
+    class Count(gymnasium.Env):
+        observation_space = action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+        count = 0
+
+        def step(self, action):
+            self.count += 1
+            return action, float(self.count), self.count == 8, False, {}
+
+    env = rollouts.ActionRepeat(Count(), 5)
+    action = np.zeros(1, np.float32)
+    assert env.step(action)[1:4] == (1 + 2 + 3 + 4 + 5, False, False)
+    assert env.step(action)[1:4] == (6 + 7 + 8, True, False)

@@ -9,9 +9,9 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
+from experiments.common import plain_search
 from tt_jax import iql, planning, sampling, sequence_planner, tokenization, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=8)
@@ -152,7 +152,7 @@ def test_plans_are_those_of_the_reference(cases):
     observation = jnp.asarray(arrays["context_observations"][ages], jnp.float32)
     plan_fn = sequence_planner.make_plan_fn(config=golden.CONFIG, plan_config=plan_config, draw_fn=draw_fn)
     keys = jax.random.split(jax.random.key(0), len(cases))
-    plans = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, keys, context, observation)
+    plans = jax.jit(plan_fn)(params, keys, context, observation)
     for env, case in enumerate(cases):
         np.testing.assert_array_equal(plans.tokens[env], arrays[f"{case}/best_sequence"])
         np.testing.assert_allclose(plans.actions[env], arrays[f"{case}/best_actions"], rtol=1e-6)
@@ -177,7 +177,7 @@ def test_two_actions_in_a_row_are_drawn_as_often_as_the_reference_says(settings)
     observation = jnp.asarray(arrays["context_observations"][age], jnp.float32)
     plan_fn = sequence_planner.make_plan_fn(config=golden.CONFIG, plan_config=plan_config)
     keys = jax.random.split(jax.random.key(0), len(age))
-    tokens = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, keys, context, observation).tokens
+    tokens = jax.jit(plan_fn)(params, keys, context, observation).tokens
     first, second = np.asarray(tokens[:, 0, 3]), np.asarray(tokens[:, 0, 4])
     label = f"t{int(plan_config.temperature)}_cdf0{int(10 * plan_config.action_cdf)}"
     for index, name in enumerate(names):
@@ -227,8 +227,8 @@ def test_cached_plans_equal_those_of_uncached_passes(case):
         **({"beam_width": 4, "num_expand": 3} | case.settings),
     )
     make = functools.partial(make_drawn_plan_fn, config=CONFIG, plan_config=plan_config)
-    cached = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)
-    uncached = make(oracle.make_plan_fn)
+    cached = jax.jit(make(sequence_planner.make_plan_fn))
+    uncached = make(plain_search.make_plan_fn)
     num_stopped = 0
     for seed, (greedy, stop_logit) in enumerate([(False, -5.0), (True, -5.0), (False, 1.0)]):
         params = random_params(seed=seed, stop_logit=stop_logit)
@@ -249,13 +249,13 @@ def greedy_plans():
     )
     plan_fn = sequence_planner.make_plan_fn(config=CONFIG, plan_config=plan_config)
     chex.clear_trace_counter()
-    return plan_config, jax.jit(chex.assert_max_traces(plan_fn, n=1), compiler_options=golden.FAST_COMPILE)
+    return plan_config, jax.jit(chex.assert_max_traces(plan_fn, n=1))
 
 
 def test_greedy_plans_equal_those_of_uncached_passes(greedy_plans):
     plan_config, plan_fn = greedy_plans
     arguments = (random_params(), *random_roots(size=3, lengths=(3, 1, 0)))
-    uncached = oracle.make_plan_fn(config=CONFIG, plan_config=plan_config)
+    uncached = plain_search.make_plan_fn(config=CONFIG, plan_config=plan_config)
     assert_same_plans(plan_fn(*arguments), uncached(*arguments))
 
 
@@ -276,7 +276,7 @@ def test_a_plan_does_not_depend_on_the_other_environments():
         horizon=5, beam_width=3, num_expand=2, window=(3, 2), action_cdf=0.0, observation_top_k=0, reward_top_k=0
     )
     plan_fn = sequence_planner.make_plan_fn(config=ONE_LAYER, plan_config=plan_config)
-    plan_fn = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)
+    plan_fn = jax.jit(plan_fn)
     params = random_params(config=ONE_LAYER)
     roots = random_roots(size=2, lengths=(2, 0, 1))
     plans = plan_fn(params, *roots)
@@ -305,7 +305,7 @@ def uniform_plans():
     params = random_params(config=ONE_LAYER)
     params.transformer["head"]["kernel"][:] = 0.0
 
-    @functools.partial(jax.jit, compiler_options=golden.FAST_COMPILE)
+    @jax.jit
     def plan(table, params, *root):
         def draw_fn(rng_key, logits, call_index):
             del rng_key
@@ -378,8 +378,8 @@ def test_bfloat16_predicts_nearly_the_rewards_of_float32():
     settings = {"plan_config": plan_config, "draw_fn": draw_fn, "score_fn": score_fn}
     half = dataclasses.replace(ONE_LAYER, dtype="bfloat16")
     plan_fn = sequence_planner.make_plan_fn(config=half, **settings)
-    got = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(*arguments)
-    expected = oracle.make_plan_fn(config=ONE_LAYER, **settings)(*arguments)
+    got = jax.jit(plan_fn)(*arguments)
+    expected = plain_search.make_plan_fn(config=ONE_LAYER, **settings)(*arguments)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_allclose(got.scores, expected.scores, rtol=0, atol=0.1)
     assert np.abs(got.scores - expected.scores).max() > 1e-3, "this was not computed in bfloat16"
@@ -399,8 +399,8 @@ def test_a_score_fn_replaces_the_score_and_sees_the_whole_proposal():
     make = functools.partial(make_drawn_plan_fn, config=ONE_LAYER, plan_config=plan_config, score_fn=score_fn)
     params = random_params(config=ONE_LAYER).replace(extra={"weights": jnp.array([1.0, -2.0])})
     arguments = (random_table(plan_config, 2, 0), False, params, *random_roots(size=2, lengths=(2, 0)))
-    got = jax.jit(make(sequence_planner.make_plan_fn), compiler_options=golden.FAST_COMPILE)(*arguments)
-    assert_same_plans(got, make(oracle.make_plan_fn)(*arguments))
+    got = jax.jit(make(sequence_planner.make_plan_fn))(*arguments)
+    assert_same_plans(got, make(plain_search.make_plan_fn)(*arguments))
 
 
 def test_stop_tokens_can_be_kept_to_whole_transitions():
@@ -411,7 +411,7 @@ def test_stop_tokens_can_be_kept_to_whole_transitions():
     def stops(**changes):
         changed = dataclasses.replace(plan_config, **changes)
         plan_fn = sequence_planner.make_plan_fn(config=ONE_LAYER, plan_config=changed)
-        plan = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(params, *roots)
+        plan = jax.jit(plan_fn)(params, *roots)
         return np.asarray(plan.tokens == SPEC.stop_token)  # [B, H, D]
 
     assert stops()[:, 0, SPEC.observation_dim :].all()
@@ -443,12 +443,12 @@ def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
     roots = random_roots(size=2, lengths=[0, 2])
     table = random_table(plan_config, 2, seed=3)
     settings = {"config": CONFIG, "plan_config": plan_config}
-    expected = make_drawn_plan_fn(oracle.make_plan_fn, **settings, score_fn=plain_score_fn)(
+    expected = make_drawn_plan_fn(plain_search.make_plan_fn, **settings, score_fn=plain_score_fn)(
         np.asarray(table), False, params, *roots
     )
     guided = sequence_planner.guide_by_q(discount=0.8)
     plan_fn = make_drawn_plan_fn(sequence_planner.make_plan_fn, **settings, **guided)
-    got = jax.jit(plan_fn, compiler_options=golden.FAST_COMPILE)(table, False, params, *roots)
+    got = jax.jit(plan_fn)(table, False, params, *roots)
     assert_same_plans(got, expected, atol=1e-3)
 
 
@@ -461,7 +461,7 @@ def test_memory_does_not_hold_the_context_once_per_beam():
         plan_config = sequence_planner.PlanConfig(horizon=2, beam_width=width, window=(40, 2), context_transitions=size)
         plan_fn = sequence_planner.make_plan_fn(config=config, plan_config=plan_config)
         lowered = jax.jit(plan_fn).lower(params, *random_roots(size=size, lengths=(size,)))
-        sizes.append(lowered.compile(golden.FAST_COMPILE).memory_analysis().temp_size_in_bytes)
+        sizes.append(lowered.compile().memory_analysis().temp_size_in_bytes)
     keys_and_values = 2 * 4 * config.embed_dim * (SPEC.transition_dim - 1) * (contexts[1] - contexts[0])
     assert sizes[1] - sizes[0] < width * keys_and_values / 4
 

@@ -49,7 +49,7 @@ def update(config):
     def update(state, batch):
         return training.update(state, batch, None, config=config, model_config=golden.CONFIG)
 
-    return jax.jit(update, compiler_options=golden.FAST_COMPILE)
+    return jax.jit(update)
 
 
 def without_key_bias(params):
@@ -99,7 +99,7 @@ def test_muon_turns_kernels_by_their_polar_factors_and_leaves_the_rest_to_adam(a
     muon = dataclasses.replace(config, optimizer="muon", weight_decay=0.0)
     state = start.replace(opt_state=training.make_optimizer(muon).init(start.params))
     step = functools.partial(training.update, config=muon, model_config=golden.CONFIG)
-    moved, metrics = jax.jit(step, compiler_options=golden.FAST_COMPILE)(state, batch, None)
+    moved, metrics = jax.jit(step)(state, batch, None)
     turned = jax.tree.map(lambda old, new: (old - new) / metrics["learning_rate"], start.params, moved.params)
     grads = jax.grad(lambda params: transformer.loss(params, batch, config=golden.CONFIG)[0])(start.params)
     for block in ("blocks_0", "blocks_1"):
@@ -161,7 +161,7 @@ def test_a_step_of_a_goal_conditioned_model_has_the_gradient_of_the_reference():
         params=params, opt_state=opt_state, step=jnp.int32(0), tokens_seen=jnp.zeros([2], jnp.uint32)
     )
     update = functools.partial(training.update, config=config, model_config=model_config)
-    moved, metrics = jax.jit(update, compiler_options=golden.FAST_COMPILE)(state, batch, None)
+    moved, metrics = jax.jit(update)(state, batch, None)
     squares = [np.sum(np.square(value)) for name, value in arrays.items() if name.startswith("grad/")]
     np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(np.sum(squares)), rtol=1e-5)
     used = np.zeros(params["goal_embedding"]["embedding"].shape[0], bool)
@@ -254,7 +254,7 @@ def test_four_devices_take_the_steps_of_one(config, start, train_on_four):
         batch = windows_fn(jnp.asarray(TOKENS), ids)
         return training.update(state, batch, key, config=config, model_config=golden.CONFIG)
 
-    step_on_one = jax.jit(step_on_one, compiler_options=golden.FAST_COMPILE)
+    step_on_one = jax.jit(step_on_one)
     assert config.batch_size * 4 > len(TOKENS)  # so the last batch crosses the end of the epoch
     state = start
     for index in range(4):

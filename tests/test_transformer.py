@@ -27,7 +27,7 @@ def params(arrays):
 
 
 def jitted(fn, **settings):
-    return jax.jit(lambda *arguments: fn(*arguments, **settings), compiler_options=golden.FAST_COMPILE)
+    return jax.jit(lambda *arguments: fn(*arguments, **settings))
 
 
 def test_logits_are_the_reference_s(arrays, params):

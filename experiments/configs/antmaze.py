@@ -36,8 +36,8 @@ def _scale_down(config):
     config.model.num_layers = 3
     config.model.num_heads = 3
     config.model.embed_dim = 96
-    config.model.max_transitions = 1  # all that the plans below read; learns faster than 4, see guidance.md
-    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see guidance.md
+    config.model.max_transitions = 1  # all that the plans below read; learns faster than 4, see docs/guidance.md
+    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see docs/guidance.md
     config.model.attention_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.smooth_embedding = True  # this and Muon: the same loss of action tokens after 40% of the updates
@@ -61,5 +61,5 @@ def _scale_down(config):
     config.plan.num_expand = 1
     config.plan.num_elites = 16  # means, since the noise of the data makes ants fall
     config.plan.action_cdf = 0.0
-    config.plan.context_transitions = 0  # the ant's own past adds nothing, see guidance.md
+    config.plan.context_transitions = 0  # the ant's own past adds nothing, see docs/guidance.md
     config.plan.window = (1, 0)

@@ -22,7 +22,7 @@ def get_config():
     config.train.final_tokens = 6_600_000  # all updates
 
     config.plan.horizon = 3  # Q sees the rest of the way
-    config.plan.replan_every = 1  # plans that go on for longer push against walls, see guidance.md
+    config.plan.replan_every = 1  # plans that go on for longer push against walls, see docs/guidance.md
     config.plan.action_cdf = 0.0  # Q chooses better when unlikely actions are among the candidates
     config.plan.observation_top_k = 0  # sampled
     config.plan.observation_cdf = 0.3

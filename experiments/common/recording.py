@@ -31,6 +31,8 @@ def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
         import gymnasium_robotics
 
         gymnasium.register_envs(gymnasium_robotics)
+    if isinstance(env, EnvSpec):  # older datasets name ActionRepeat where it was
+        env = EnvSpec.from_json(env.to_json().replace("experiments.action_repeat:", "tt_jax.rollouts:"))
     try:
         return gymnasium.make(env, **kwargs)
     except (gymnasium.error.Error, ImportError, TypeError) as error:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments import recording
+from experiments.common import recording
 from tt_jax import checkpoints, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
 
 
@@ -126,16 +126,22 @@ def play(
     seeds: Sequence[int],
     config: trajectories.DataConfig,
     title: str,
-    check: Callable[[], None] = lambda: None,
-) -> tuple[list[rollouts.Episode], int]:
-    """Play one episode per seed behind a progress bar, calling `check()` before each plan; also count the plans."""
+    check_fn: Callable[[], None] = lambda: None,
+) -> tuple[list[rollouts.Episode], dict[str, float]]:
+    """Play one episode per seed behind a progress bar, calling `check_fn()` before each plan.
+
+    Also return the number of plans, the actions in them, and the seconds that the policy took.
+    """
     returns, counts = [], collections.Counter()
     with tqdm.tqdm(total=len(seeds), unit="episode", desc=title, miniters=0) as progress:
 
         def counted_policy(episodes):
-            check()
+            check_fn()
+            started = time.time()
             actions = policy(episodes)
+            counts["seconds"] += time.time() - started
             counts["plans"] += len(episodes)
+            counts["actions"] += actions.shape[0] * actions.shape[1]
             rate = counts["plans"] / (time.time() - progress.start_t)
             average = f"{np.mean(returns):.1f}" if returns else "-"
             longest = max(episode.length for episode in episodes)
@@ -148,7 +154,7 @@ def play(
             progress.update()
 
         episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
-    return episodes, counts["plans"]
+    return episodes, counts
 
 
 def summarize(episodes: Sequence[rollouts.Episode], dataset=None) -> dict:

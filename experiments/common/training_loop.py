@@ -1,23 +1,18 @@
-"""The loop that `train_tt` and `train_iql` share: compiled calls between events, metrics, checkpoints, signals."""
+"""The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
-from absl import flags
+from absl import logging
 from jax.experimental import multihost_utils
-from ml_collections import config_flags
 
-from experiments import entry
+from experiments.common import entry
 from tt_jax import checkpoints, data_parallel, iql_training, training
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
-DATASET = flags.DEFINE_string("dataset", None, "Minari dataset id, in place of the configuration's.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for configuration, metrics and checkpoints.")
-DOWNLOAD = flags.DEFINE_bool("download", False, "Download the dataset from Minari's remote if it is not here.")
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 
@@ -26,22 +21,35 @@ def run(
     workdir: str,
     *,
     config: training.TrainConfig | iql_training.IQLTrainConfig,
-    state: Any,
-    step: int,
-    advance: Callable[[Any, int], tuple[Any, dict]],
+    fresh: Any,
+    model: dict[str, Any],
+    free_fields: Sequence[str] = (),
+    params_fn: Callable[[Any], Any] = lambda params: params,
+    train_fn: Callable[[Any, Any, Any, Any], tuple[Any, dict]],
+    store: Any,
+    seed: int,
     evaluate: Callable[[Any], dict[str, float]] | None,
-    save: Callable[[checkpoints.Writer, int, Any], None],
     describe: Callable[[dict[str, np.ndarray], float], str],
     work_per_step: dict[str, int],
     preemption: entry.Preemption,
 ) -> None:
-    """Train from `step` to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
+    """Train to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
 
-    `state` is replicated over the devices. `advance(state, num_steps)` does so many steps and returns the state and
-    metrics [num_steps, ...], replicated; `evaluate(state)` returns further metrics every `config.eval_every` steps;
-    `save(writer, step, state)` starts a checkpoint of the host's copy; `describe(metrics, steps_per_second)` is what
-    the progress bar says; `work_per_step` holds what else is measured per second, such as {"tokens": 4096}.
+    Goes on from the newest checkpoint in `workdir`, which must be of the same `model` but for the `free_fields` of its
+    config, or from the state `fresh`. `model` holds the `config`, `tokenizer` and `run` of a checkpoint, and
+    `params_fn` makes its parameters of those in the state, which may have further axes of size 1.
+
+    `train_fn(state, store, seed, num_steps)`, all replicated over the devices, does so many steps and returns the state
+    and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps;
+    `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
+    second, such as {"tokens": 4096}.
     """
+    state = _resume(workdir, fresh, model, free_fields)
+    step = int(np.ravel(state.step)[0])
+    if step >= config.num_steps:
+        logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
+        return
+    state, store, seed = place(state), place(store), data_parallel.replicate(np.uint32(seed))
     metrics = entry.MetricsWriter(workdir, resume_step=step)
     notes = []
     progress = tqdm.tqdm(
@@ -52,7 +60,7 @@ def run(
         while step < config.num_steps:
             call_steps = _steps_until_event(step, call_steps, config)
             started = time.time()
-            state, call_metrics = advance(state, call_steps)
+            state, call_metrics = train_fn(state, store, seed, data_parallel.replicate(np.int32(call_steps)))
             host_metrics = data_parallel.unreplicate(call_metrics)
             call_metrics = {name: values[:call_steps] for name, values in host_metrics.items()}
             _check_finite(call_metrics, first_step=step + 1)
@@ -74,7 +82,8 @@ def run(
                 notes, log_time, log_step = [], time.time(), step
             interrupted = preemption.requested()
             if is_last or interrupted or step % config.checkpoint_every == 0:
-                save(writer, step, data_parallel.unreplicate(state))
+                host = data_parallel.unreplicate(state)
+                writer.save(step, params=params_fn(host.params), state=_without_params(host), **model)
             if interrupted and not is_last:
                 writer.wait()
                 raise entry.Interrupted(f"stopped at step {step}, saved in {workdir}; the same command goes on.")
@@ -90,6 +99,26 @@ def place(tree: Any) -> Any:
     except jax.errors.JaxRuntimeError as error:
         size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)) / 2**20
         raise ValueError(f"{size:.0f} MiB of data do not fit the memory of a device: {error}") from error
+
+
+def _resume(workdir, fresh, model, free_fields):
+    if checkpoints.latest_step(workdir) is None:
+        return fresh
+    checkpoint = checkpoints.restore(workdir, state_template=_without_params(fresh))
+    config, found = model["config"], checkpoint.config
+    if dataclasses.replace(config, **{name: getattr(found, name) for name in free_fields}) != found:
+        # also by a setting that the run's config.json is too old to know
+        raise entry.UsageError(f"{workdir} holds {found}, this run is {config}; use another --workdir.")
+    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, checkpoint.tokenizer, model["tokenizer"]))):
+        raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
+    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
+    logging.info("resuming %s at step %d", workdir, checkpoint.step)
+    return dataclasses.replace(fresh, params=params, **checkpoint.state)
+
+
+def _without_params(state):
+    """Return the parts of a training state that a checkpoint holds beside the parameters, by name."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
 
 
 def _steps_until_event(step, wanted, config):

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments import entry
+from experiments.common import entry
 from tt_jax import tokenization, trajectories, types
 
 

@@ -25,6 +25,7 @@ from logging import StreamHandler
 import jax
 import numpy as np
 from absl import app, flags, logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 import tt_jax
@@ -129,7 +130,7 @@ def _log_own_information_to_stdout():
 
 
 def _is_own(path):
-    return pathlib.Path(path).parent == pathlib.Path(__file__).parent
+    return pathlib.Path(__file__).parents[1] in pathlib.Path(path).parents
 
 
 def is_main_process() -> bool:
@@ -170,8 +171,7 @@ def resolve_config(config, *, dataset, workdir):
         _check_same_run(read_config(workdir), config, workdir)
     if is_main_process():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, json.dumps(config.to_dict(), indent=2) + "\n")
+            write_json(path, config.to_dict())
         except OSError as error:
             raise UsageError(f"--workdir={workdir} cannot be written: {error}.") from error
     import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
@@ -209,7 +209,8 @@ def to_dataclass(cls, config, **extra):
 
 
 def _check_same_run(old, new, workdir):
-    old, new = (_flatten(json.loads(json.dumps(config.to_dict()))) for config in (old, new))
+    plain = (json.loads(json.dumps(config.to_dict())) for config in (old, new))
+    old, new = (traverse_util.flatten_dict(config, sep=".") for config in plain)
     for name in sorted(old.keys() | new.keys()):
         # A field that is newer than the run has its default there.
         if name in old and name.split(".")[0] in ESSENTIAL_FIELDS and old[name] != new.get(name):
@@ -219,11 +220,10 @@ def _check_same_run(old, new, workdir):
             )
 
 
-def _flatten(nested, prefix=""):
-    flat = {}
-    for name, value in nested.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def write_json(path, value):
+    """Write a file, whose folder is made, so that it is never seen in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(value, indent=2) + "\n")
 
 
 def _replace(path, text):

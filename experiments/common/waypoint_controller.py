@@ -16,6 +16,7 @@ from tt_jax import rollouts
 POSITION_GAIN = 10.0
 VELOCITY_GAIN = 1.0
 NOISE_HOLD = 20  # steps; noise drawn anew at each of the 100 steps per second would average out
+ACTION_REPEAT = 5  # steps that every action is held in `make_policy`'s environments, see rollouts.ActionRepeat
 
 
 def next_cell(maze_map, start: tuple[int, int], goal: tuple[int, int]) -> tuple[int, int]:
@@ -53,14 +54,15 @@ def make_policy(
     maze,
     *,
     max_noise: float,
-    noise_hold: int,
     goal_fn: Callable[[rollouts.Episode, np.random.Generator], np.ndarray] = lambda episode, rng: episode.goal,
 ) -> rollouts.Policy:
     """Make the noisy controller for environments in step, a function of an episode alone.
 
-    Each episode has its own noise level in [0, max_noise], and noise is held for `noise_hold` actions. `goal_fn`, which
-    may draw from the episode's generator, says where it goes (x, y). Observations begin with position and velocity [4].
+    Each episode has its own noise level in [0, max_noise], and noise is held for NOISE_HOLD environment steps, of which
+    an action takes ACTION_REPEAT. `goal_fn`, which may draw from the episode's generator, says where it goes (x, y).
+    Observations begin with position and velocity [4].
     """
+    noise_hold = NOISE_HOLD // ACTION_REPEAT  # actions
 
     def act_noisily(episode):
         rng = np.random.default_rng(episode.seed)

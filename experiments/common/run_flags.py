@@ -1,0 +1,44 @@
+"""Flags that several commands have: each is declared here once, and a command takes those that it needs.
+
+    CONFIG, WORKDIR = run_flags.config("quickstart"), run_flags.workdir(default="runs/quickstart")
+
+Commands hand the values on as plain arguments; nothing else in this folder reads these flags.
+"""
+
+import functools
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+flags.disclaim_key_flags()  # --help lists --config among the flags of the command, as it does the others
+
+
+def config(name: str | None = None) -> flags.FlagHolder:
+    """Declare --config, by default experiments/configs/`name`.py, and --config.FIELD for each of its fields."""
+    path = name and str(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py")
+    return config_flags.DEFINE_config_file("config", path, "Configuration file, see experiments/configs.")
+
+
+dataset = functools.partial(flags.DEFINE_string, "dataset", None, "Minari dataset id, in place of the configuration's.")
+new_dataset = functools.partial(
+    flags.DEFINE_string, "dataset", None, "Id of the new Minari dataset: namespace/name-v0.", required=True
+)
+overwrite = functools.partial(flags.DEFINE_bool, "overwrite", False, "Replace an existing dataset.")
+download = functools.partial(
+    flags.DEFINE_bool, "download", False, "Download the dataset from Minari's remote if it is not here."
+)
+workdir = functools.partial(
+    flags.DEFINE_string, "workdir", default=None, help="Folder for configuration, metrics and checkpoints."
+)
+seed = functools.partial(flags.DEFINE_integer, "seed", 0, lower_bound=0)  # takes `help`; those below take `default`
+num_seeds = functools.partial(
+    flags.DEFINE_integer, "num_seeds", help="Learners side by side, in place of the configuration's.", lower_bound=1
+)
+data_episodes = functools.partial(flags.DEFINE_integer, "data_episodes", help="Episodes to collect.", lower_bound=2)
+num_episodes = functools.partial(
+    flags.DEFINE_integer, "num_episodes", help="Episodes that each policy plays.", lower_bound=2
+)
+num_envs = functools.partial(
+    flags.DEFINE_integer, "num_envs", help="Environments that are played in step.", lower_bound=1
+)
