@@ -216,7 +216,7 @@ def _dot_general(x, kernel, dimension_numbers, precision):
 
 
 def _look_up(embed, index):
-    """Index the table of an `nn.Embed`, whose own call also looks for indices out of range: 6% of a train step on CPU."""
+    """Index the table of an `nn.Embed`; its own call also looks for indices out of range, 6% of a train step on CPU."""
     return jnp.asarray(embed.embedding)[index]
 
 
