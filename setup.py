@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2", "mujoco>=3.3,<3.12"]
 PLOTS = ["matplotlib>=3.10,<4", "imageio>=2.37,<3"]
 LOGGING = ["tensorboardX>=2.6,<3"]
+MCTX = ["mctx>=0.0.71,<0.1"]  # tree search
 
 setuptools.setup(
     name="tt_jax",
@@ -42,7 +43,8 @@ setuptools.setup(
         "envs": ENVS,
         "plots": PLOTS,
         "logging": LOGGING,
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING],
+        "mctx": MCTX,
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING, *MCTX],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
     },

@@ -1,4 +1,4 @@
-"""Beam search over injected model functions (Trajectory Transformer, section 3.2). Knows no transformer.
+"""Planners over injected model functions: beam search (Trajectory Transformer, section 3.2), shooting, likelihood.
 
 A model takes part with two functions (compare mctx):
 
@@ -8,8 +8,9 @@ A model takes part with two functions (compare mctx):
         keeps the picked candidates, candidate `expansion[b, w]` of beam `beam[b, w]`, and samples their next
         observations. `pending` is whatever propose_fn wants to hand over.
 
-Since picking is told as indices, a model is free to keep what it remembers as a tree. `likelihood_search` looks for the
-most likely tokens instead of the best rewards and has its own two functions, of single tokens.
+Since picking is told as indices, a model is free to keep what it remembers as a tree. `beam_plan` picks at every step;
+`sample_plans` never does, and `shoot` only at the end. `likelihood_search` looks for the most likely tokens instead of
+the best rewards and has its own two functions, of single tokens. Nothing here knows a transformer.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,15 @@ class _Beams(NamedTuple):
     state: Any  # of the model
     returns: chex.Array  # [B, W] discounted rewards so far; -inf marks a beam that does not exist
     ended: chex.Array  # [B, W] bool, the episode is over
+
+
+class _Candidates(NamedTuple):
+    proposal: types.Proposal
+    pending: Any  # of the model
+    scores: chex.Array  # [B, W, K]; -inf marks one that does not exist
+    returns: chex.Array  # [B, W, K] discounted rewards up to this step
+    ended: chex.Array  # [B, W, K] bool
+    advance_key: chex.PRNGKey  # [B]
 
 
 def score_by_value(discount: float) -> Callable[..., chex.Array]:
@@ -53,6 +63,46 @@ def score_by_q(q_fn: Callable[..., chex.Array], *, discount: float) -> Callable[
         return returns[..., None] + discount**step * q
 
     return score_fn
+
+
+def favour_likely(
+    propose_fn: Callable[..., tuple[types.Proposal, Any]],
+    score_fn: Callable[..., chex.Array],
+    *,
+    weight: float,
+    discount: float,
+) -> tuple[Callable[..., tuple[types.Proposal, Any]], Callable[..., chex.Array]]:
+    """Return a model's propose_fn and score_fn with `weight` times the log-probability of actions added to rewards.
+
+    A plan is then worth its score, and the discounted log-probabilities of its actions, so that a search does not leave
+    what the model has seen for a reward that it wrongly believes in. Divergence from the data's policy as a cost is
+    that of KL control (Jaques et al. 2017, arXiv 1611.02796).
+    """
+
+    def propose(*arguments, **settings):
+        proposal, pending = propose_fn(*arguments, **settings)
+        return proposal.replace(reward=proposal.reward + weight * proposal.log_prob), pending
+
+    def score(params, returns, proposal, step):  # whether or not the inner one reads the step's reward
+        bonus = weight * proposal.log_prob
+        inner = score_fn(params, returns, proposal.replace(reward=proposal.reward - bonus), step)
+        return inner + discount**step * bonus
+
+    return propose, score
+
+
+def drop_unlikely(score_fn: Callable[..., chex.Array], *, share: float) -> Callable[..., chex.Array]:
+    """Return a score_fn that leaves out, at each step, the `share` of an environment's candidates with the least likely
+    actions; `share` is in [0, 1), and the likeliest one always stays.
+    """
+
+    def score(params, returns, proposal, step):
+        is_live = jnp.isfinite(returns)[..., None]
+        log_prob = jnp.where(is_live, proposal.log_prob, jnp.nan)
+        least = jnp.nanquantile(log_prob, share, axis=(1, 2), keepdims=True)
+        return jnp.where(log_prob < least, -jnp.inf, score_fn(params, returns, proposal, step))
+
+    return score
 
 
 def beam_plan(
@@ -89,36 +139,19 @@ def beam_plan(
     size = (num_envs, beam_width)
 
     def search_step(beams, step):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(rng_key, step)
-        propose_key, advance_key = jnp.moveaxis(jax.vmap(jax.random.split)(step_keys), 1, 0)
-        proposal, pending = propose_fn(params, propose_key, beams.state, step)
-        chex.assert_shape([proposal.reward, proposal.value, proposal.terminal], (*size, num_expand))
-        scores = score_fn(params, beams.returns, proposal, step)
-        chex.assert_shape(scores, (*size, num_expand))
-        ended = beams.ended[..., None]
-        kept_as_is = jnp.where(jnp.arange(num_expand) == 0, beams.returns[..., None], -jnp.inf)
-        scores = jnp.where(ended, kept_as_is, jnp.where(jnp.isfinite(beams.returns)[..., None], scores, -jnp.inf))
-        returns = beams.returns[..., None] + jnp.where(ended, 0.0, discount**step * proposal.reward)
-
-        best_scores, best = jax.lax.top_k(scores.reshape(num_envs, -1), beam_width)  # of [B, W * K]
+        found = _propose(params, rng_key, beams, step, propose_fn, score_fn, num_expand=num_expand, discount=discount)
+        best_scores, best = jax.lax.top_k(found.scores.reshape(num_envs, -1), beam_width)  # of [B, W * K]
         beam, expansion = best // num_expand, best % num_expand
 
         def pick(x):
             return take_candidates(x, beam, expansion)
 
-        state = beams.state
-        if horizon > 1:  # else no step follows: do not even compile one
-            state = jax.lax.cond(
-                step + 1 < horizon,
-                lambda: advance_fn(params, advance_key, state, pending, beam, expansion, step),
-                lambda: state,
-            )
         beams = _Beams(
-            state=state,
-            returns=jnp.where(jnp.isfinite(best_scores), pick(returns), -jnp.inf),
-            ended=pick(ended | proposal.terminal),
+            state=_advance(params, beams, found, beam, expansion, step, advance_fn, horizon=horizon),
+            returns=jnp.where(jnp.isfinite(best_scores), pick(found.returns), -jnp.inf),
+            ended=pick(found.ended),
         )
-        return beams, (beam, pick(proposal.action), pick(proposal.tokens), best_scores)
+        return beams, (beam, pick(found.proposal.action), pick(found.proposal.tokens), best_scores)
 
     beams = _Beams(state=root, returns=jnp.zeros(size, jnp.float32), ended=jnp.zeros(size, bool))
     _, (beam, action, tokens, scores) = jax.lax.scan(search_step, beams, jnp.arange(horizon))
@@ -134,6 +167,112 @@ def beam_plan(
     _, (actions, tokens) = jax.lax.scan(trace_back, best, (beam, action, tokens), reverse=True)
     actions, tokens = actions.swapaxes(0, 1), tokens.swapaxes(0, 1)  # [B, H, ...]
     return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores[-1])
+
+
+def sample_plans(
+    params: types.Params,
+    rng_key: chex.PRNGKey,
+    root: Any,
+    *,
+    propose_fn: Callable[..., tuple[types.Proposal, Any]],
+    advance_fn: Callable[..., Any],
+    score_fn: Callable[..., chex.Array] | None = None,
+    horizon: int,
+    num_plans: int,
+    discount: float,
+) -> tuple[chex.Array, chex.Array, chex.Array]:
+    """Follow each of W = `num_plans` beams from the root to the horizon and score it there; drop and copy none.
+
+    Takes what `beam_plan` takes, but `propose_fn` makes one candidate per beam (K = 1). Since beam w stays beam w, it
+    may also propose actions that the caller has set, and so tell what they are worth. A beam's score is that of its
+    last step, or its return if the episode ended before; -inf at any step is final.
+    Returns scores [B, W], actions [B, W, H, A] and tokens [B, W, H, D].
+    """
+    if horizon < 1 or num_plans < 1:
+        raise ValueError(f"horizon={horizon} and num_plans={num_plans} must both be at least 1.")
+    score_fn = score_fn or score_by_value(discount)
+    size = (rng_key.shape[0], num_plans)
+    itself = jnp.broadcast_to(jnp.arange(num_plans)[None], size)
+
+    def follow_step(beams, step):
+        found = _propose(params, rng_key, beams, step, propose_fn, score_fn, num_expand=1, discount=discount)
+        first = jnp.zeros_like(itself)
+        state = _advance(params, beams, found, itself, first, step, advance_fn, horizon=horizon)
+        scores = found.scores[..., 0]
+        returns = jnp.where(jnp.isfinite(scores), found.returns[..., 0], -jnp.inf)
+        beams = _Beams(state=state, returns=returns, ended=found.ended[..., 0])
+        return beams, (scores, found.proposal.action[:, :, 0], found.proposal.tokens[:, :, 0])
+
+    beams = _Beams(state=root, returns=jnp.zeros(size, jnp.float32), ended=jnp.zeros(size, bool))
+    _, (scores, actions, tokens) = jax.lax.scan(follow_step, beams, jnp.arange(horizon))
+    return scores[-1], jnp.moveaxis(actions, 0, 2), jnp.moveaxis(tokens, 0, 2)
+
+
+def shoot(
+    params: types.Params,
+    rng_key: chex.PRNGKey,
+    root: Any,
+    *,
+    propose_fn: Callable[..., tuple[types.Proposal, Any]],
+    advance_fn: Callable[..., Any],
+    score_fn: Callable[..., chex.Array] | None = None,
+    horizon: int,
+    num_plans: int,
+    discount: float,
+    num_elites: int = 1,
+) -> types.PlanOutput:
+    """Sample W = `num_plans` plans from the model and return the best, or the mean of the `num_elites` best.
+
+    Random shooting (Nagabandi et al. 2018, arXiv 1708.02596) that draws the model's own actions instead of uniform
+    ones: `beam_plan` with one candidate per beam, which drops none and picks at the end.
+    Raises ValueError for a number below 1, or more elites than plans.
+    """
+    if not 1 <= num_elites <= num_plans:
+        raise ValueError(f"num_elites={num_elites} must be between 1 and num_plans={num_plans}.")
+    scores, actions, tokens = sample_plans(
+        params,
+        rng_key,
+        root,
+        propose_fn=propose_fn,
+        advance_fn=advance_fn,
+        score_fn=score_fn,
+        horizon=horizon,
+        num_plans=num_plans,
+        discount=discount,
+    )
+    scores, order = jax.lax.top_k(scores, num_plans)
+    elites = order[:, :num_elites]
+    is_plan = jnp.isfinite(scores[:, :num_elites, None, None]).at[:, 0].set(True)
+    actions = jnp.mean(take_beams(actions, elites), axis=1, where=is_plan)  # [B, H, A]
+    tokens = take_beams(tokens, elites[:, :1])[:, 0]
+    return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores)
+
+
+def _propose(params, rng_key, beams, step, propose_fn, score_fn, *, num_expand, discount):
+    """Let the model propose K candidates per beam and score them; one that does not exist is scored -inf."""
+    size = (*beams.returns.shape, num_expand)
+    step_keys = jax.vmap(jax.random.fold_in, (0, None))(rng_key, step)
+    propose_key, advance_key = jnp.moveaxis(jax.vmap(jax.random.split)(step_keys), 1, 0)
+    proposal, pending = propose_fn(params, propose_key, beams.state, step)
+    chex.assert_shape([proposal.reward, proposal.value, proposal.terminal], size)
+    scores = score_fn(params, beams.returns, proposal, step)
+    chex.assert_shape(scores, size)
+    ended = beams.ended[..., None]
+    kept_as_is = jnp.where(jnp.arange(num_expand) == 0, beams.returns[..., None], -jnp.inf)
+    scores = jnp.where(ended, kept_as_is, jnp.where(jnp.isfinite(beams.returns)[..., None], scores, -jnp.inf))
+    returns = beams.returns[..., None] + jnp.where(ended, 0.0, discount**step * proposal.reward)
+    return _Candidates(proposal, pending, scores, returns, ended | proposal.terminal, advance_key)
+
+
+def _advance(params, beams, found, beam, expansion, step, advance_fn, *, horizon):
+    """Return the model's state after the picked candidates, unless no step follows."""
+    if horizon == 1:  # do not even compile one
+        return beams.state
+    return jax.lax.cond(
+        step + 1 < horizon,
+        lambda: advance_fn(params, found.advance_key, beams.state, found.pending, beam, expansion, step),
+        lambda: beams.state,
+    )
 
 
 class _Hypotheses(NamedTuple):

@@ -1,6 +1,6 @@
 """The Trajectory Transformer and its tokenizer as the model that `planning.beam_plan` searches: plans by reward.
 
-`window` reads the tokens; here they are drawn, decoded and scored.
+`window` reads the tokens; here they are drawn, decoded and scored. `Model` is for the other planners, too.
 """
 
 import dataclasses
@@ -36,6 +36,8 @@ class PlanConfig:
     reward_cdf: float = 0.0  # of reward and value tokens
     reward_top_k: int = 1
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
+    likelihood_weight: float = 0.0  # of an action's log-probability beside its reward, see `planning.favour_likely`
+    unlikely_share: float = 0.0  # of candidates to leave out at each step, see `planning.drop_unlikely`
     stop_ends_episode: bool = True  # a predicted stop token ends the plan's rewards; the reference goes on
     stop_within_transition: bool = True  # draw it inside of a transition, too, where no data has it, as the reference
     share_ancestors: bool = True  # as the window slides, read once what beams share: fewer products, in smaller steps
@@ -64,6 +66,8 @@ class PlanConfig:
             raise ValueError(f"temperature={self.temperature} must be positive.")
         if self.percentile != -1 and not 0 <= self.percentile < 1:
             raise ValueError(f"percentile={self.percentile} must be in [0, 1), or -1 for the mean.")
+        if not 0 <= self.unlikely_share < 1:
+            raise ValueError(f"unlikely_share={self.unlikely_share} must be in [0, 1).")
 
     @property
     def observation_filters(self) -> sampling.Filters:
@@ -79,6 +83,33 @@ class PlanConfig:
     def reward_filters(self) -> sampling.Filters:
         """What is left of the predictions of reward and value tokens."""
         return sampling.Filters(self.reward_cdf, self.reward_top_k)
+
+
+def policy_config(plan_config: PlanConfig, policy: str) -> PlanConfig:
+    """Return settings with which `make_plan_fn` acts without search: one step ahead, one candidate.
+
+    Each dimension of the action, given those before it, is the model's "sample" (at the temperature, unfiltered),
+    "median" or "greedy" (the likeliest bin). Raises ValueError for another policy.
+    """
+    filters = {
+        "sample": sampling.Filters(),
+        "median": sampling.Filters(central=0.0),
+        "greedy": sampling.Filters(top_k=1),
+    }
+    if policy not in filters:
+        raise ValueError(f'policy="{policy}" must be one of {", ".join(filters)}.')
+    chosen = filters[policy]
+    return dataclasses.replace(
+        plan_config,
+        horizon=1,
+        beam_width=1,
+        num_expand=1,
+        num_elites=1,
+        replan_every=1,
+        action_cdf=chosen.cdf,
+        action_top_k=chosen.top_k,
+        action_central=chosen.central,
+    )
 
 
 @chex.dataclass(frozen=True)
@@ -149,27 +180,14 @@ def make_plan_fn(
     Raises ValueError if the window is longer than the model can read.
     """
     window_config = make_window_config(config, plan_config, num_transitions=plan_config.horizon)
-    if config.goal_conditioned:
-        raise ValueError("a goal-conditioned model is planned with by likelihood, not by reward.")
-    model = _Model(window_config, plan_config, draw_fn, reward_fn)
-    score_fn = score_fn or planning.score_by_value(plan_config.discount)
-
-    def score_once(params, returns, proposal, step):
-        """Let a beam whose observation says that the episode is over go on as one candidate, as ended ones do."""
-        scores = score_fn(params, returns, proposal, step)
-        observed = proposal.tokens[..., : config.spec.observation_dim]
-        ended = (observed == config.spec.stop_token).any(-1) & plan_config.stop_ends_episode
-        is_first = jnp.arange(plan_config.num_expand)[None, None] == 0
-        return jnp.where(ended, jnp.where(is_first, returns[..., None], -jnp.inf), scores)
+    model = Model(window_config, plan_config, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
 
     def plan_fn(params, rng_key, context, observation):
         return planning.beam_plan(
             params,
             rng_key,
             model.root(params, context, observation),
-            propose_fn=model.propose,
-            advance_fn=model.advance,
-            score_fn=score_once,
+            **model.functions(),
             horizon=plan_config.horizon,
             beam_width=plan_config.beam_width,
             num_expand=plan_config.num_expand,
@@ -196,30 +214,58 @@ def guide_by_q(*, discount: float) -> dict[str, Callable[..., chex.Array]]:
     return {"score_fn": planning.score_by_q(q_fn, discount=discount), "reward_fn": reward_fn}
 
 
-class _Model:
-    """The functions of the model over their static settings; holds no arrays."""
+class Model:
+    """The functions that planners want, of the transformer over its static settings; holds no arrays.
 
-    def __init__(self, window_config, plan_config, draw_fn, reward_fn):
+    `score_fn`, `reward_fn` and `draw_fn` are those of `make_plan_fn`. Raises ValueError for a model with goals.
+    """
+
+    def __init__(self, window_config, plan_config, *, score_fn=None, reward_fn=None, draw_fn=None):
+        if window_config.config.goal_conditioned:
+            raise ValueError("a goal-conditioned model is planned with by likelihood, not by reward.")
         self.window, self.plan, self.spec = window_config, plan_config, window_config.config.spec
-        self.draw_fn = draw_fn or _draw
+        self.score_fn = score_fn or planning.score_by_value(plan_config.discount)
         self.reward_fn = reward_fn or (lambda params, reward: reward)
+        self.draw_fn = draw_fn or _draw
+
+    def functions(self, *, score_fn=None):
+        """Return the propose_fn, advance_fn and score_fn of `planning`, with the repairs that the settings ask for.
+
+        `score_fn` replaces `score`, which is the model's own with ended beams as one candidate.
+        """
+        propose, score, plan = self.propose, score_fn or self.score, self.plan
+        if plan.unlikely_share:
+            score = planning.drop_unlikely(score, share=plan.unlikely_share)
+        if plan.likelihood_weight:
+            weight = plan.likelihood_weight
+            propose, score = planning.favour_likely(propose, score, weight=weight, discount=plan.discount)
+        return {"propose_fn": propose, "advance_fn": self.advance, "score_fn": score}
 
     def root(self, params, context, observation):
         """Read the past and the current observation."""
-        observed = encode_observation(params, observation, spec=self.spec)
+        return self.read(params, context, encode_observation(params, observation, spec=self.spec))
+
+    def read(self, params, context, observed):
+        """Read the past and the tokens [B, N] of an observation."""
         state, logits = window.root(params.transformer, context, observed, config=self.window)
         return _State(window=state, logits=logits, ended=jnp.zeros(logits.shape[:2], bool))
 
-    def propose(self, params, rng_key, state, step):
-        """Sample the action and reward tokens of K candidates per beam and predict rewards and values."""
+    def propose(self, params, rng_key, state, step, *, action=None):
+        """Sample the action and reward tokens of K candidates per beam and predict rewards and values.
+
+        The tokens [B, W, A] of an `action` replace the sampled ones.
+        """
         spec, plan = self.spec, self.plan
         size = (*state.ended.shape, plan.num_expand)
 
         def sample(carry, index):  # the action tokens, then the reward token
             logits, cache = carry
-            action = self._draw(rng_key, logits, state.window, step, index, plan.action_filters)
+            if action is None:
+                chosen = self._draw(rng_key, logits, state.window, step, index, plan.action_filters)
+            else:
+                chosen = jax.lax.dynamic_index_in_dim(action, index, axis=-1)  # [B, W, 1]; beyond the last, the last
             reward = self._draw(rng_key, logits, state.window, step, index, plan.reward_filters)
-            token = jnp.where(index < spec.action_dim, action, reward)
+            token = jnp.where(index < spec.action_dim, chosen, reward)
             read = window.branch(params.transformer, state.window, token, cache, index, config=self.window)
             return read, (token, logits)
 
@@ -236,9 +282,9 @@ class _Model:
         before = jnp.broadcast_to(observed[:, :, None], (*size, spec.observation_dim))
         tokens = jnp.concatenate([before, sampled, value_token[..., None]], axis=-1)
 
-        action = sampled[..., : spec.action_dim]
+        acted = sampled[..., : spec.action_dim]
         log_probs = jax.nn.log_softmax(jnp.moveaxis(sampled_logits[:-1], 0, -2) / plan.temperature, axis=-1)
-        log_probs = jnp.take_along_axis(log_probs, action[..., None], axis=-1)[..., 0]  # [B, W, K, A]
+        log_probs = jnp.take_along_axis(log_probs, acted[..., None], axis=-1)[..., 0]  # [B, W, K, A]
         is_stop = (tokens == spec.stop_token) & plan.stop_ends_episode
         over_before = state.ended[..., None] | is_stop[..., :-1].any(-1)
         over = over_before | is_stop[..., -1]
@@ -246,10 +292,10 @@ class _Model:
         reward = self.reward_fn(params, self._estimate(params, sampled_logits[-1], dim=-2))
         proposal = types.Proposal(
             observation=tokenization.decode(params.discretizer, observed, dims=slice(spec.observation_dim)),
-            action=tokenization.decode(params.discretizer, action, dims=action_dims),
+            action=tokenization.decode(params.discretizer, acted, dims=action_dims),
             reward=jnp.where(over_before, 0.0, reward),
             value=jnp.where(over, 0.0, self._estimate(params, value_logits, dim=-1)),
-            log_prob=jnp.sum(log_probs, axis=-1),
+            log_prob=jnp.where(state.ended[..., None], 0.0, jnp.sum(log_probs, axis=-1)),
             terminal=over,
             tokens=tokens,
         )
@@ -257,11 +303,15 @@ class _Model:
 
     def advance(self, params, rng_key, state, pending, beam, expansion, step):
         """Keep the picked candidates, read their value tokens and sample the next observations."""
-        spec, plan = self.spec, self.plan
         grown = window.adopt(
             params.transformer, state.window, beam, expansion, pending.tokens, pending.cache, config=self.window
         )
         value_token = planning.take_candidates(pending.tokens, beam, expansion)[..., -1]
+        return self.observe(params, rng_key, grown, value_token, step)
+
+    def observe(self, params, rng_key, grown, value_token, step):
+        """Read the value tokens [B, W], with which a window's last transitions end; sample the next observations."""
+        spec, plan = self.spec, self.plan
 
         def sample(carry, index):  # at index 0 the value token is read, at index i dimension i - 1 of the observation
             state, logits = carry
@@ -270,10 +320,19 @@ class _Model:
             token = jnp.where(index == 0, value_token, drawn)
             return window.run(params.transformer, state, token, config=self.window), token
 
-        carry = (grown, jnp.zeros_like(state.logits))
+        size = (*value_token.shape, spec.num_bins + 1)
+        carry = (grown, jnp.zeros(size, jnp.float32))
         (grown, logits), read = jax.lax.scan(sample, carry, jnp.arange(spec.observation_dim + 1))
         ended = (read[1:] == spec.stop_token).any(axis=0) & plan.stop_ends_episode
         return _State(window=grown, logits=logits, ended=ended)
+
+    def score(self, params, returns, proposal, step):
+        """Score candidates, but let a beam whose observation says that the episode is over go on as one, unscored."""
+        scores = self.score_fn(params, returns, proposal, step)
+        observed = proposal.tokens[..., : self.spec.observation_dim]
+        ended = (observed == self.spec.stop_token).any(-1) & self.plan.stop_ends_episode
+        is_first = jnp.arange(scores.shape[-1])[None, None] == 0
+        return jnp.where(ended, jnp.where(is_first, returns[..., None], -jnp.inf), scores)
 
     def _draw(self, rng_key, logits, state, step, index, filters):
         """Draw tokens from what the filters leave of `logits` [..., V + 1]."""

@@ -1,0 +1,132 @@
+"""The Trajectory Transformer as the model of planners over whole sequences of actions: shooting, MPPI, and CEM.
+
+Each maker returns plan_fn(params: PlannerParams, rng_key [B], context, observation [B, N]) -> PlanOutput, as
+`sequence_planner.make_plan_fn` does, with the same `score_fn` and `reward_fn`, so that Q guides these planners, too.
+`plan_config` means the same to all of them: W = `beam_width` plans of `horizon` transitions are compared at a time.
+Sampled and given actions go through the same functions of the model; given ones are read as the tokens of their bins.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from tt_jax import action_search, planning, sequence_planner, tokenization, transformer, types
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Static settings of MPPI and CEM."""
+
+    num_iterations: int = 4  # of drawing beam_width candidates
+    num_elites: int = 16  # best candidates, to which CEM fits the next ones
+    temperature: float = 1.0  # of MPPI's weights, in units of the score
+    noise_scale: float = 0.5  # of the first candidates, in standard deviations of the data's actions
+    noise_exponent: float = 1.0  # 0: white noise; the higher, the longer an action stays on one side
+
+
+def make_shoot_plan_fn(
+    *,
+    config: transformer.TransformerConfig,
+    plan_config: sequence_planner.PlanConfig,
+    score_fn: Callable[..., chex.Array] | None = None,
+    reward_fn: Callable[..., chex.Array] | None = None,
+    draw_fn: Callable[..., chex.Array] | None = None,
+) -> Callable[..., types.PlanOutput]:
+    """Return the plan_fn of `planning.shoot`: the best of W sampled plans, or the mean of the `num_elites` best.
+
+    Raises ValueError as `sequence_planner.make_plan_fn`, whose arguments it takes.
+    """
+    model = _make_model(config, plan_config, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
+
+    def plan_fn(params, rng_key, context, observation):
+        return _shoot(params, rng_key, model.root(params, context, observation), model)
+
+    return plan_fn
+
+
+def make_mppi_plan_fn(*, search_config: SearchConfig = SearchConfig(), **settings) -> Callable[..., types.PlanOutput]:
+    """Return the plan_fn of `action_search.mppi`; `settings` are `make_shoot_plan_fn`'s.
+
+    The plan_fn takes one argument more, `initial` [B, H, A]: actions around which the first candidates are drawn, such
+    as the last plan after `action_search.shift`. By default it is the best of W plans sampled from the model. Noise is
+    measured in the data's standard deviations, as the bins tell them, and actions stay within the data's range.
+    """
+    planner = functools.partial(action_search.mppi, temperature=search_config.temperature)
+    return _make_search_plan_fn(planner, search_config, **settings)
+
+
+def make_cem_plan_fn(*, search_config: SearchConfig = SearchConfig(), **settings) -> Callable[..., types.PlanOutput]:
+    """Return the plan_fn of `action_search.cem`; `settings` and `initial` are those of `make_mppi_plan_fn`."""
+    planner = functools.partial(action_search.cem, num_elites=search_config.num_elites)
+    return _make_search_plan_fn(planner, search_config, **settings)
+
+
+def _make_model(config, plan_config, **functions):
+    """Make the model with one candidate per beam."""
+    plan_config = dataclasses.replace(plan_config, num_expand=1)
+    window_config = sequence_planner.make_window_config(config, plan_config, num_transitions=plan_config.horizon)
+    return sequence_planner.Model(window_config, plan_config, **functions)
+
+
+def _shoot(params, rng_key, root, model):
+    return planning.shoot(
+        params,
+        rng_key,
+        root,
+        **model.functions(),
+        horizon=model.plan.horizon,
+        num_plans=model.plan.beam_width,
+        discount=model.plan.discount,
+        num_elites=model.plan.num_elites,
+    )
+
+
+def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_fn=None, reward_fn=None, draw_fn=None):
+    model = _make_model(config, plan_config, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
+    spec = config.spec
+    dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
+
+    def evaluate_fn(params, rng_key, root, actions):
+        functions = model.functions()
+        given = tokenization.encode(params.discretizer, actions, dims=dims)  # [B, W, H, A]
+
+        def propose(params, rng_key, state, step):
+            action = jax.lax.dynamic_index_in_dim(given, step, axis=2, keepdims=False)
+            return functions["propose_fn"](params, rng_key, state, step, action=action)
+
+        scores, _, tokens = planning.sample_plans(
+            params,
+            rng_key,
+            root,
+            **functions | {"propose_fn": propose},
+            horizon=plan_config.horizon,
+            num_plans=plan_config.beam_width,
+            discount=plan_config.discount,
+        )
+        return scores, tokens
+
+    def plan_fn(params, rng_key, context, observation, initial=None):
+        root = model.root(params, context, observation)
+        start_key, search_key = jnp.moveaxis(jax.vmap(jax.random.split)(rng_key), 1, 0)
+        if initial is None:
+            initial = _shoot(params, start_key, root, model).actions
+        centers = jnp.asarray(params.discretizer.centers, jnp.float32)[dims]  # [A, V]
+        std = search_config.noise_scale * jnp.std(centers, axis=1)
+        return planner(
+            params,
+            search_key,
+            root,
+            initial,
+            jnp.broadcast_to(std, initial.shape),
+            (centers[:, 0], centers[:, -1]),
+            evaluate_fn=evaluate_fn,
+            num_candidates=plan_config.beam_width,
+            num_iterations=search_config.num_iterations,
+            noise_exponent=search_config.noise_exponent,
+        )
+
+    return plan_fn
