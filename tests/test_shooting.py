@@ -103,7 +103,7 @@ def test_shoot_depends_on_its_own_root_and_key_alone_and_runs_under_transformati
     settings = {"horizon": 3, "num_elites": 2, "params": 0.0}
     together = shoot(one_of_drawn, roots, **settings)
     np.testing.assert_array_equal(together.tokens, alone.tokens[:, 0])
-    np.testing.assert_allclose(together.scores, alone.scores[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(together.scores, alone.scores[:, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_impossible_sizes_are_refused():
