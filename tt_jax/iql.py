@@ -3,8 +3,8 @@
 Twin critics Q, a value V fitted to an upper expectile of Q over the data's actions, a target critic that follows Q, and
 a Gaussian policy by advantage-weighted regression. Parameters are a nested dict of arrays
 
-    actor, value                  those of a `Policy` and of an `MLP`
-    critic, target_critic         those of `Critics`, whose leaves are stacked over the two critics
+    actor, value                  those of a `networks.Policy` and of an `networks.MLP`
+    critic, target_critic         those of `networks.Critics`, whose leaves are stacked over the two critics
     units                         mean and deviation of the observations, center and half-width of the actions, scale
                                   and shift of the rewards
 
@@ -20,13 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
-from tt_jax import types
+from tt_jax import networks, types
 
-_LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
 _MAX_WEIGHT = 100.0  # of a sample in the policy's regression
-_PRECISION = jax.lax.Precision.HIGHEST
 REWARD_UNITS = ("raw", "minus_one", "return_range")
 
 
@@ -79,10 +76,11 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
     actor_key, critic_key, value_key, dropout_key = jax.random.split(rng_key, 4)
     observation_dim, action_dim, hidden = config.observation_dim, config.action_dim, config.hidden_dims
     observation = jnp.zeros([1, observation_dim])
-    networks = {
-        "actor": Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
-        "critic": Critics((*hidden, 1)).init(critic_key, jnp.zeros([2, 1, observation_dim + action_dim]))["params"],
-        "value": MLP((*hidden, 1)).init(value_key, observation)["params"],
+    inputs = jnp.zeros([2, 1, observation_dim + action_dim])  # of both critics
+    learned = {
+        "actor": networks.Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
+        "critic": networks.Critics((*hidden, 1)).init(critic_key, inputs)["params"],
+        "value": networks.MLP((*hidden, 1)).init(value_key, observation)["params"],
     }
     units = _raw_units(observation_dim, action_dim) | (units or {})
     if np.shape(units["observation_mean"]) != (observation_dim,):
@@ -92,11 +90,11 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
         )
     return IQLState(
         params={
-            **networks,
-            "target_critic": jax.tree.map(jnp.copy, networks["critic"]),
+            **learned,
+            "target_critic": jax.tree.map(jnp.copy, learned["critic"]),
             "units": {name: jnp.asarray(value, jnp.float32) for name, value in units.items()},
         },
-        opt_state={name: optax.scale_by_adam().init(network) for name, network in networks.items()},
+        opt_state={name: optax.scale_by_adam().init(network) for name, network in learned.items()},
         step=jnp.zeros([], jnp.int32),
         dropout_key=jax.random.key_data(dropout_key),
     )
@@ -142,9 +140,9 @@ def update(
     actor, actor_opt, actor_metrics = descend("actor", actor_loss, actor_learning_rate(state.step, config=config))
     critic, critic_opt, critic_metrics = descend("critic", critic_loss, config.learning_rate)
     target_critic = optax.incremental_update(critic, params["target_critic"], config.tau)
-    networks = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
+    learned = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
     state = state.replace(
-        params=params | networks,
+        params=params | learned,
         opt_state={"actor": actor_opt, "critic": critic_opt, "value": value_opt},
         step=state.step + 1,
     )
@@ -270,81 +268,18 @@ def episode_returns(transitions: types.Transitions) -> np.ndarray:
 # Networks
 
 
-def _dot_general(x, kernel, dimension_numbers, precision):
-    """Multiply as `nn.Dense` does, [..., in] by [in, out]."""
-    del dimension_numbers, precision
-    return _product(x, kernel)
-
-
-@jax.custom_vjp
-def _product(x, kernel):
-    return jnp.matmul(x, kernel, precision=_PRECISION)
-
-
-def _product_forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    # [in, out] at once: the product that JAX derives is [out, in], which under vmap costs copies, 15% of an update.
-    dot, leading = functools.partial(jax.lax.dot_general, precision=_PRECISION), tuple(range(x.ndim - 1))
-    dkernel = dot(x, dy, dimension_numbers=((leading, leading), ((), ())))
-    return dot(dy, kernel, dimension_numbers=(((dy.ndim - 1,), (1,)), ((), ()))), dkernel
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-class MLP(nn.Module):
-    """Dense layers, with ReLU after all but the last; `sizes` are their units."""
-
-    sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x, dropout_fn=None):
-        """Map x [..., in] to [..., sizes[-1]]; `dropout_fn(hidden, layer)` is applied to each hidden layer."""
-        for layer, size in enumerate(self.sizes):
-            x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dot_general=_dot_general)(x)
-            if layer < len(self.sizes) - 1:
-                x = nn.relu(x)
-                x = dropout_fn(x, layer) if dropout_fn else x
-        return x
-
-
-class Policy(nn.Module):
-    """A Gaussian whose mean is within +-1 and whose deviation does not depend on the observation."""
-
-    sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, observations, dropout_fn=None):
-        """Return the mean [..., A] and the deviation [A] at observations [..., N]."""
-        mean = jnp.tanh(MLP(self.sizes, name="mlp")(observations, dropout_fn))
-        log_std = self.param("log_std", nn.initializers.zeros, self.sizes[-1:])
-        return mean, jnp.exp(jnp.clip(log_std, _LOG_STD_MIN, _LOG_STD_MAX))
-
-
-Critics = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=2)  # [2, ...] both ways
-
-
-def _sizes(mlp):
-    """Return the units of each layer of an MLP with the parameters `mlp`."""
-    return tuple(mlp[f"Dense_{i}"]["bias"].shape[-1] for i in range(len(mlp)))
-
-
 def _value(value, observations):
-    return MLP(_sizes(value)).apply({"params": value}, observations)[..., 0]
+    return networks.MLP(networks.sizes(value)).apply({"params": value}, observations)[..., 0]
 
 
 def _critics(critic, observations, actions):
     inputs = jnp.concatenate([observations, actions], axis=-1)
     inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
-    return Critics(_sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
+    return networks.Critics(networks.sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
 
 
 def _policy(actor, observations, dropout_fn=None):
-    return Policy(_sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
+    return networks.Policy(networks.sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
 
 
 def _log_prob(actor, observations, actions, dropout_fn):
