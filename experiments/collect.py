@@ -12,6 +12,7 @@ import tqdm
 from absl import flags, logging
 
 from experiments.common import entry, recording, run_flags, waypoint_controller
+from tt_jax import environments
 
 ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
 DATASET = run_flags.new_dataset()
@@ -28,7 +29,7 @@ def main(_):
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
     if not ENV.value.startswith("PointMaze_"):
         raise ValueError(f"--env={ENV.value} must be one of gymnasium-robotics' PointMaze_* environments.")
-    env = recording.make_env(ENV.value, reward_type=REWARD.value)
+    env = environments.make(ENV.value, reward_type=REWARD.value)
     episodes = []
     with tqdm.tqdm(total=STEPS.value, unit="step", desc="collect") as progress:
         for episode in waypoint_controller.episodes(env, max_noise=NOISE.value, seed=SEED.value):

@@ -14,8 +14,8 @@ import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import control, datasets, entry, figures, recording, run_flags, stages, waypoint_controller
-from tt_jax import checkpoints, rollouts, trajectories
+from experiments.common import control, datasets, entry, figures, run_flags, stages, waypoint_controller
+from tt_jax import checkpoints, environments, rollouts, trajectories
 
 CONFIG, DATASET = run_flags.config("four_rooms"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/four_rooms"), run_flags.download()
@@ -76,7 +76,7 @@ def make_env(goals: str, *, seconds: int) -> gymnasium.Env:
     """Make the maze with goals in the cells marked as `goals` in MAP; episodes start in any cell."""
     maze_map = [[1 if mark == "#" else "c" if mark == goals else "r" for mark in row] for row in MAP.split()]
     settings = {"maze_map": maze_map, "reward_type": "sparse", "max_episode_steps": 100 * seconds}
-    env = recording.make_env("PointMaze_UMaze-v3", **settings)
+    env = environments.make("PointMaze_UMaze-v3", **settings)
     return rollouts.ActionRepeat(env, waypoint_controller.ACTION_REPEAT)
 
 

@@ -16,6 +16,7 @@ import tqdm
 from absl import flags, logging
 
 from experiments.common import d4rl, entry, recording, run_flags
+from tt_jax import environments
 
 FILES = flags.DEFINE_list("files", None, "Paths or URLs of HDF5 files, separated by commas.", required=True)
 DATASET = run_flags.new_dataset()
@@ -27,13 +28,12 @@ OVERWRITE = run_flags.overwrite()
 
 def main(_):
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
-    env = recording.make_env(ENV.value)
-    goal_maze = isinstance(env.observation_space, gymnasium.spaces.Dict)
+    env = environments.make(ENV.value)
+    maze_space = env.observation_space if isinstance(env.observation_space, gymnasium.spaces.Dict) else None
     with tempfile.TemporaryDirectory() as folder:
         paths = [d4rl.fetch(source, folder) for source in FILES.value]
         readers = [
-            d4rl.read_episodes(path, max_episode_steps=env.spec.max_episode_steps, goal_maze=goal_maze)
-            for path in paths
+            d4rl.read_episodes(path, max_episode_steps=env.spec.max_episode_steps, space=maze_space) for path in paths
         ]
         episodes = list(itertools.chain.from_iterable(readers))
 
@@ -42,7 +42,7 @@ def main(_):
         raise ValueError(f"The files of --files={','.join(FILES.value)} differ in their observations.")
     if any(episode.actions.shape[1:] != env.action_space.shape for episode in episodes):
         raise ValueError(f"The files' actions do not fit --env={ENV.value}, which has {env.action_space}.")
-    if not goal_maze and space.shape != env.observation_space.shape:
+    if not maze_space and space.shape != env.observation_space.shape:
         logging.warning("The files have observations %s, %s %s.", space.shape, ENV.value, env.observation_space.shape)
 
     minimum, maximum = d4rl.reference_scores(ENV.value)

@@ -55,7 +55,7 @@ def main(_):
             "step": np.zeros([], np.int32),
             "tokens_seen": np.zeros([2], np.uint32),
         },
-        run=config.to_dict() | {"env_spec": data.env_spec},
+        run=data.run,
     )
     described = ", ".join(f"{name} {value}" for name, value in sizes.items())
     logging.info("%s is now the checkpoint of step 0 in %s: %s", STATE_DICT.value, WORKDIR.value, described)

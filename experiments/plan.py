@@ -12,13 +12,13 @@ import functools
 import pathlib
 import time
 
+import gymnasium
 import jax
-import minari
 import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, run_flags
-from tt_jax import rollouts, sequence_planner, transformer
+from tt_jax import environments, minari_files, rollouts, sequence_planner, spaces, transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
@@ -30,7 +30,15 @@ VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episod
 PLANNER = flags.DEFINE_enum(
     "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
 )
-ENV = flags.DEFINE_string("env", None, "Environment id, in place of the dataset's environment.")
+ENV = flags.DEFINE_string("env", None, "Environment id, or MODULE:ID, in place of the dataset's environment.")
+TRUST = flags.DEFINE_bool(
+    "trust_environment", False, "Run whatever code the dataset names as its environment, not only gymnasium's."
+)
+MAX_EPISODE_STEPS = flags.DEFINE_integer(
+    "max_episode_steps", None, "Cut episodes after so many steps; by default as the environment or the data does.", 1
+)
+REFERENCE_MIN = flags.DEFINE_float("reference_min", None, "Return with the normalised score 0; with --reference_max.")
+REFERENCE_MAX = flags.DEFINE_float("reference_max", None, "Return with the normalised score 100.")
 
 
 class _PairParser(flags.ArgumentParser):
@@ -61,10 +69,18 @@ PLAN = {
     field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
     for field in dataclasses.fields(sequence_planner.PlanConfig)
 }
-SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, GOAL)
+SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
+SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
 def main(_):
+    if (REFERENCE_MIN.value is None) != (REFERENCE_MAX.value is None) or (
+        REFERENCE_MIN.value is not None and REFERENCE_MIN.value >= REFERENCE_MAX.value
+    ):
+        raise ValueError(
+            f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
+            "the first below the second."
+        )
     checkpoint = control.restore(WORKDIR.value, transformer.TransformerConfig, program="train_tt")
     run, model = checkpoint.run, checkpoint.config
     overrides = {name: flag.value for name, flag in PLAN.items() if flag.value is not None}
@@ -80,18 +96,28 @@ def main(_):
         sequence_planner.PlanConfig, {"discount": run["data"]["discount"]} | run["plan"] | overrides
     )
     data_config = datasets.data_config(run["data"])
-    make_env = functools.partial(control.make_env, run, env_id=ENV.value, goal=GOAL.value or ())
+    settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
+    make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
     if model.goal_conditioned and PLANNER.value == "reward":
         raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
     if learners and PLANNER.value != "reward":
         raise ValueError("--iql_workdir guides --planner=reward alone.")
-    envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
+    try:
+        envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
+    except environments.Untrusted as error:
+        raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run it.") from error
+    except environments.Unavailable as error:
+        raise ValueError(f"{error}; pass --env=ID.") from error
     rollouts.check_spaces(envs, model.spec, config=data_config)
-    goal_space = getattr(envs.single_observation_space, "spaces", {}).get("desired_goal")
-    if model.goal_conditioned and (not goal_space or 2 * goal_space.shape[0] != model.spec.observation_dim):
+    if plan_config.num_elites > 1 and not isinstance(envs.single_action_space, gymnasium.spaces.Box):
+        raise ValueError(f"--plan.num_elites={plan_config.num_elites} must be 1: discrete actions have no mean.")
+    observation_space = envs.single_observation_space
+    has_goal = isinstance(observation_space, gymnasium.spaces.Dict) and "desired_goal" in observation_space.spaces
+    goal_dim = spaces.columns(observation_space["desired_goal"]).size if has_goal else 0
+    if model.goal_conditioned and 2 * goal_dim != model.spec.observation_dim:
         raise ValueError(
             "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
-            f"{goal_space.shape[0] if goal_space else 0} dimensions, the observation {model.spec.observation_dim}."
+            f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
@@ -116,7 +142,7 @@ def main(_):
         "checkpoint_step": checkpoint.step,
         "environment": envs.envs[0].spec.id,
         "dataset": run["dataset"],
-        **control.summarize(episodes, None if ENV.value else _open_dataset(run["dataset"])),
+        **control.summarize(episodes, _reference_scores(run["dataset"])),
         "num_plans": counts["plans"],
         "plans_per_second": counts["plans"] / seconds,
         "wall_time_s": seconds,
@@ -155,12 +181,11 @@ def _print_table(results):
     print(f"  {'plans/s':<17}{results['plans_per_second']:10.2f}\n  results in {OUT.value}")
 
 
-def _open_dataset(dataset_id) -> minari.MinariDataset | None:
-    """Open the dataset for its reference scores; None if it is not on this machine."""
-    try:
-        return minari.load_dataset(dataset_id)
-    except FileNotFoundError:
-        return None
+def _reference_scores(dataset_id) -> tuple[float, float] | None:
+    """Return the returns that count as 0 and 100: those of the flags, or of the dataset if it is on this machine."""
+    if REFERENCE_MIN.value is not None:
+        return REFERENCE_MIN.value, REFERENCE_MAX.value
+    return None if ENV.value else minari_files.reference_scores(dataset_id)
 
 
 def _write_video(path, make_env, *, seed, actions):

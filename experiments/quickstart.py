@@ -10,8 +10,8 @@ import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import control, entry, figures, recording, run_flags, stages, waypoint_controller
-from tt_jax import checkpoints, rollouts, tokenization
+from experiments.common import control, entry, figures, run_flags, stages, waypoint_controller
+from tt_jax import checkpoints, environments, rollouts, tokenization
 
 CONFIG, DATASET = run_flags.config("quickstart"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/quickstart"), run_flags.download()
@@ -43,7 +43,7 @@ def main(_):
 
 def make_env() -> gymnasium.Env:
     """Make the maze. At its own 100 actions a second a plan of some steps would lead nowhere."""
-    env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense")
+    env = environments.make("PointMaze_UMaze-v3", reward_type="dense")
     return rollouts.ActionRepeat(env, waypoint_controller.ACTION_REPEAT)
 
 

@@ -12,8 +12,8 @@ import gymnasium
 import numpy as np
 from gymnasium_robotics.envs.maze import maps
 
-from experiments.common import comparison, entry, recording, run_flags, stages, waypoint_controller
-from tt_jax import rollouts
+from experiments.common import comparison, entry, run_flags, stages, waypoint_controller
+from tt_jax import environments, rollouts
 
 CONFIG, DATASET = run_flags.config("sparse_maze"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/sparse_maze"), run_flags.download()
@@ -47,7 +47,7 @@ def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnas
     maze_map[GOAL[0]][GOAL[1]] = "g"
     if start:
         maze_map[start[0]][start[1]] = "r"
-    env = recording.make_env(
+    env = environments.make(
         "PointMaze_Medium-v3",
         reward_type="sparse",
         maze_map=maze_map,

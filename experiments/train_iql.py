@@ -8,7 +8,7 @@ without one where there is one seed. With `--config.iql.temperature=0` the polic
 
 from experiments.common import entry, iql_run, run_flags
 
-CONFIG, DATASET = run_flags.config(), run_flags.dataset()
+CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
 NUM_SEEDS = run_flags.num_seeds(default=None)
 

@@ -1,11 +1,11 @@
 """Train a Trajectory Transformer on a Minari dataset; the same command resumes.
 
-python -m experiments.train_tt --config=experiments/configs/maze.py --dataset=ID --workdir=DIR [--config.seed=0 ...]
+python -m experiments.train_tt --dataset=ID --workdir=DIR [--config=experiments/configs/maze.py --config.seed=0 ...]
 """
 
 from experiments.common import entry, run_flags, transformer_run
 
-CONFIG, DATASET = run_flags.config(), run_flags.dataset()
+CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
 
 

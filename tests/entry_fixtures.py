@@ -13,6 +13,7 @@ from entry_points import MAZE, ROOT, SERVER, EntryPoint
 from minari.data_collector import EpisodeBuffer
 
 from experiments.common import recording, waypoint_controller
+from tt_jax import environments
 
 
 @pytest.fixture(scope="session")
@@ -60,18 +61,19 @@ def datasets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense", max_episode_steps=24)
+        env = environments.make("PointMaze_UMaze-v3", reward_type="dense", max_episode_steps=24)
         episodes = itertools.islice(waypoint_controller.episodes(env, max_noise=2.0, seed=0), 20)
         recording.write("test/maze-v0", episodes, env=env, ref_min_score=1.0, ref_max_score=9.0)
         env.close()
         _write_boxes("short", [1, 2, 1, 3, 1, 2, 2])
         _write_boxes("single", [30])
+        _write_boxes("within", [20, 25, 30, 20], largest_action=1.0)
         _write_boxes("steps", [1, 1, 1])
         _write_boxes("nan", [6, 6, 6], broken=(1, 4))
     return folder
 
 
-def _write_boxes(name, lengths, *, broken=None):
+def _write_boxes(name, lengths, *, broken=None, largest_action=np.inf):
     """Write random episodes with 3 observations and 2 actions; the odd ones are terminated, the others truncated."""
     rng = np.random.default_rng(0)
     episodes = []
@@ -79,7 +81,7 @@ def _write_boxes(name, lengths, *, broken=None):
         last = np.arange(length) == length - 1
         episode = EpisodeBuffer(
             observations=rng.normal(size=(length + 1, 3)).astype(np.float32),
-            actions=rng.normal(size=(length, 2)).astype(np.float32),
+            actions=np.clip(rng.normal(size=(length, 2)), -largest_action, largest_action).astype(np.float32),
             rewards=rng.normal(size=length),
             terminations=last & (i % 2 == 1),
             truncations=last & (i % 2 == 0),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.common import recording, waypoint_controller
+from tt_jax import environments
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MAZE = [
@@ -24,7 +25,7 @@ MAZE = [
 
 @pytest.fixture(scope="module")
 def env():
-    with recording.make_env("PointMaze_UMaze-v3", reward_type="dense") as env:
+    with environments.make("PointMaze_UMaze-v3", reward_type="dense") as env:
         yield env
 
 
@@ -97,7 +98,7 @@ def test_ids_that_minari_cannot_store_are_refused_before_the_work(dataset_id):
 
 def test_unknown_environments_are_reported():
     with pytest.raises(ValueError, match="PointMaze_Nowhere-v3 cannot be made"):
-        recording.make_env("PointMaze_Nowhere-v3")
+        environments.make("PointMaze_Nowhere-v3")
 
 
 def test_collect_records_a_dataset_from_which_its_environment_is_recovered(monkeypatch, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.common import recording
+from tt_jax import environments
 
 pytest.importorskip("gymnasium_robotics")
 
@@ -39,7 +39,7 @@ NAMES = [
 @pytest.mark.filterwarnings("ignore:.*`reset` and the following `step` share an object")  # the kitchen's goals
 @pytest.mark.parametrize("name", NAMES)
 def test_the_environment_of_a_dataset_is_made_and_stepped(name):
-    env = recording.make_env(name)
+    env = environments.make(name)
     env.reset(seed=0)
     observation, reward, *_ = env.step(np.zeros(env.action_space.shape, env.action_space.dtype))
     assert env.observation_space.contains(observation) and np.isfinite(reward)

@@ -2,14 +2,12 @@
 
 import json
 
-import gymnasium
 import minari
 import numpy as np
 import pytest
 from entry_points import ROOT
 
-from experiments.common import recording
-from tt_jax import checkpoints
+from tt_jax import checkpoints, environments
 
 pytest_plugins = ["entry_fixtures"]
 
@@ -47,7 +45,7 @@ def finished(four_rooms, tmp_path_factory):
 def maze(finished):
     """Return the maze of the data, in which goals are drawn from the cells marked c."""
     env_spec = checkpoints.restore(finished[0]).run["env_spec"]
-    return recording.make_env(gymnasium.envs.registration.EnvSpec.from_json(env_spec)).unwrapped.maze
+    return environments.make_stored(env_spec).unwrapped.maze
 
 
 def _cell(maze, position):

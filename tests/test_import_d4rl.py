@@ -66,17 +66,24 @@ def test_without_timeouts_episodes_are_cut_at_the_time_limit():
     np.testing.assert_array_equal(d4rl.episode_offsets(terminals, None, max_episode_steps=None), [0, 4, 12])
 
 
-def test_without_next_observations_the_last_one_is_repeated(tmp_path):
-    data = flat_data(4, timeouts=[3])
+def test_without_next_observations_cut_ends_lose_their_last_step(tmp_path):
+    """As in D4RL, which drops transitions whose successor is not there; a terminal's is not needed."""
+    data = flat_data(9, terminals=[2, 6], timeouts=[2, 4, 7])
     del data["next_observations"]
-    (episode,) = d4rl.read_episodes(write_file(tmp_path / "data.hdf5", data), max_episode_steps=None)
-    np.testing.assert_array_equal(episode.observations, data["observations"][[0, 1, 2, 3, 3]])
+    episodes = list(d4rl.read_episodes(write_file(tmp_path / "data.hdf5", data), max_episode_steps=None))
+    rows = [[0, 1, 2], [3], [5, 6]]  # the rows 7 and 8 are episodes of one step, which is dropped
+    assert [bool(episode.terminations[-1]) for episode in episodes] == [True, False, True]
+    assert [bool(episode.truncations[-1]) for episode in episodes] == [True, True, False]
+    for episode, each in zip(episodes, rows, strict=True):
+        np.testing.assert_array_equal(episode.rewards, data["rewards"][each])
+        last = each[-1] if episode.terminations[-1] else each[-1] + 1
+        np.testing.assert_array_equal(episode.observations, data["observations"][[*each, last]])
 
 
 def test_ant_maze_observations_are_split_as_in_the_environment(tmp_path):
     data = flat_data(4, timeouts=[3], observation_dim=29, action_dim=8) | {"infos/goal": np.ones((4, 2), np.float32)}
     path = write_file(tmp_path / "data.hdf5", data)
-    (episode,) = d4rl.read_episodes(path, max_episode_steps=700, goal_maze=True)
+    (episode,) = d4rl.read_episodes(path, max_episode_steps=700, space=goal_space(27))
     parts = episode.observations
     np.testing.assert_array_equal(
         np.concatenate([parts["achieved_goal"], parts["observation"]], axis=1)[:-1], data["observations"]
@@ -87,6 +94,32 @@ def test_ant_maze_observations_are_split_as_in_the_environment(tmp_path):
         "desired_goal": (2,),
         "observation": (27,),
     }
+
+
+def test_point_maze_observations_keep_their_positions(tmp_path):
+    data = flat_data(4, timeouts=[3], observation_dim=4, action_dim=2) | {"infos/goal": np.ones((4, 2), np.float32)}
+    path = write_file(tmp_path / "data.hdf5", data)
+    (episode,) = d4rl.read_episodes(path, max_episode_steps=300, space=goal_space(4))
+    parts = episode.observations
+    np.testing.assert_array_equal(parts["observation"][:-1], data["observations"])
+    np.testing.assert_array_equal(parts["achieved_goal"], parts["observation"][:, :2])
+    np.testing.assert_array_equal(parts["desired_goal"], np.ones((5, 2)))
+
+
+@pytest.mark.parametrize("observation_dim, goal_dim", [(5, 2), (29, 3), (27, 1)])
+def test_mazes_of_no_known_layout_are_refused(tmp_path, observation_dim, goal_dim):
+    data = flat_data(4, observation_dim=observation_dim) | {"infos/goal": np.ones((4, goal_dim), np.float32)}
+    path = write_file(tmp_path / "data.hdf5", data)
+    with pytest.raises(
+        ValueError, match=f"observations of {observation_dim} dimensions and goals .* fit no known layout"
+    ):
+        list(d4rl.read_episodes(path, max_episode_steps=None, space=goal_space(27)))
+
+
+def goal_space(observation_dim):
+    """Return the observation space of a goal maze of gymnasium-robotics."""
+    sizes = {"observation": observation_dim, "achieved_goal": 2, "desired_goal": 2}
+    return gymnasium.spaces.Dict({name: gymnasium.spaces.Box(-9, 9, (size,)) for name, size in sizes.items()})
 
 
 def test_a_url_is_downloaded(tmp_path):

@@ -279,6 +279,34 @@ def test_normalisation_is_the_same_as_training_on_data_normalised_by_hand():
 # Learning
 
 
+def test_actions_of_any_bounds_are_learned_as_those_of_plus_minus_1():
+    """Two updates, Q, the policy and its samples, against actions that were scaled by hand."""
+    dataset = golden_dataset("small")
+    low, high = np.float32([-2, 10]), np.float32([2, 11])
+    center, scale = np.float32([0, 10.5]), np.float32([2, 0.5])
+    wide = dataset.replace(actions=center + scale * dataset.actions)
+    config = data_config(dataset, reward_units="raw", hidden_dims=(16, 16))
+    key, observations = jax.random.key(3), dataset.observations[:8]
+    got, expected = (
+        iql.init(key, config=config, units=iql.fit_units(each, config=config, action_bounds=bounds))
+        for each, bounds in ((wide, (low, high)), (dataset, None))
+    )
+    for _ in range(2):
+        got, metrics = update(got, wide, config=config)
+        expected, expected_metrics = update(expected, dataset, config=config)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), metrics, expected_metrics)
+    q = iql.q_values(got.params, observations, wide.actions[:8])
+    plain_q = iql.q_values(expected.params, observations, dataset.actions[:8])
+    np.testing.assert_allclose(q, plain_q, rtol=1e-4, atol=1e-5)
+    (mean, std), (plain_mean, plain_std) = (iql.policy(each.params, observations) for each in (got, expected))
+    np.testing.assert_allclose(mean, center + scale * np.asarray(plain_mean), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(std, scale * np.asarray(plain_std), rtol=1e-4)
+    drawn = np.asarray(iql.sample_action(got.params, key, observations, temperature=3.0))
+    plain = np.asarray(iql.sample_action(expected.params, key, observations, temperature=3.0))
+    np.testing.assert_allclose(drawn, center + scale * np.asarray(plain), rtol=1e-4, atol=1e-4)
+    assert (drawn >= low).all() and (drawn <= high).all() and (np.abs(plain) == 1).any()
+
+
 def chain():
     """Five cells, actions -1 and +1; entering the cell beyond the right end gives 1 and ends the episode."""
     cell, direction = (grid.ravel() for grid in np.meshgrid(np.arange(5), [-1, 1], indexing="ij"))

@@ -2,12 +2,12 @@
 
 import json
 
+import gymnasium
 import numpy as np
 import pytest
 from entry_points import MAZE
 
-from experiments.common import recording
-from tt_jax import checkpoints
+from tt_jax import checkpoints, environments
 
 pytest_plugins = ["entry_fixtures"]
 
@@ -89,7 +89,7 @@ def test_a_fixed_goal_and_fewer_plans_reach_the_environment(plan, trained):
     assert results["settings"]["goal"] == [1.0, 1.0]
     (episode,) = results["episodes"]
     # Before the body moves much, the reward is exp(-distance) of its start from that goal.
-    env = recording.make_env("PointMaze_UMaze-v3", reward_type="dense", max_episode_steps=24)
+    env = environments.make("PointMaze_UMaze-v3", reward_type="dense", max_episode_steps=24)
     observation, _ = env.reset(seed=5)
     env.close()
     assert abs(episode["return"] / 24 - np.exp(-np.linalg.norm(observation["achieved_goal"] - [1.0, 1.0]))) < 0.2
@@ -165,7 +165,73 @@ def test_mistakes_are_told_in_one_line(plan, trained, arguments, message):
 def test_a_checkpoint_of_data_without_an_environment_asks_for_one(plan, trained, tmp_path):
     copy_checkpoint(trained, tmp_path, run=checkpoints.restore(trained).run | {"env_spec": None})
     done = plan(f"--workdir={tmp_path}", *SMALL)
-    assert (done.code, done.error) == (2, "plan: the dataset of this checkpoint names no environment; pass --env=ID.")
+    assert (done.code, done.error) == (2, "plan: the dataset names no environment; pass --env=ID.")
+
+
+STRANGER = """
+import pathlib
+import gymnasium
+import numpy as np
+
+pathlib.Path("ran").touch()
+
+
+class Endless(gymnasium.Env):
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    observation_space = gymnasium.spaces.Dict(
+        observation=gymnasium.spaces.Box(-9, 9, (4,), np.float64),
+        desired_goal=gymnasium.spaces.Box(-9, 9, (2,), np.float64),
+    )
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"observation": np.zeros(4), "desired_goal": np.zeros(2)}, {}
+
+    def step(self, action):
+        return {"observation": np.zeros(4), "desired_goal": np.zeros(2)}, 1.0, False, False, {}
+
+
+gymnasium.register("Endless-v0", "stranger:Endless")
+"""
+
+
+@pytest.fixture
+def stranger(plan, trained, tmp_path):
+    """Workdir of a checkpoint whose environment, in the module `stranger`, is no one's and has no time limit."""
+    (plan.folder / "stranger.py").write_text(STRANGER)
+    (plan.folder / "ran").unlink(missing_ok=True)
+    spec = gymnasium.envs.registration.EnvSpec("Endless-v0", entry_point="stranger:Endless").to_json()
+    copy_checkpoint(trained, tmp_path, run=checkpoints.restore(trained).run | {"env_spec": spec})
+    return tmp_path
+
+
+def test_code_that_a_checkpoint_names_runs_only_when_it_is_trusted(plan, stranger):
+    done = plan(f"--workdir={stranger}", *SMALL)
+    assert done.code == 2
+    assert done.error == (
+        "plan: the stored environment Endless-v0 would run stranger:Endless, which is not known to be harmless; pass "
+        "--env=ID, or --trust_environment to run it."
+    )
+    assert not (plan.folder / "ran").exists()
+    results, _ = run_plan(plan, f"--workdir={stranger}", *SMALL, "--trust_environment")
+    assert (plan.folder / "ran").exists()
+    assert [episode["length"] for episode in results["episodes"]] == [24, 24, 24]  # the time limit of the data
+
+
+def test_an_environment_without_a_time_limit_ends_when_it_is_told(plan, stranger):
+    named = ["--env=stranger:Endless-v0", "--max_episode_steps=3"]
+    results, _ = run_plan(plan, f"--workdir={stranger}", *SMALL, *named)
+    assert results["environment"] == "Endless-v0"
+    assert [episode["return"] for episode in results["episodes"]] == [3.0, 3.0, 3.0]
+
+
+def test_a_specification_of_another_gymnasium_is_told_or_replaced(plan, trained, tmp_path):
+    run = checkpoints.restore(trained).run
+    copy_checkpoint(trained, tmp_path, run=run | {"env_spec": run["env_spec"].replace("PointMazeEnv", "GoneEnv")})
+    done = plan(f"--workdir={tmp_path}", *SMALL)
+    assert done.code == 2 and "GoneEnv, which cannot be loaded" in done.error and "pass --env=ID." in done.error
+    results, _ = run_plan(plan, f"--workdir={tmp_path}", *SMALL, "--env=PointMaze_UMaze-v3", "--max_episode_steps=2")
+    assert results["episodes"][0]["length"] == 2
 
 
 def test_a_damaged_checkpoint_is_not_used(plan, trained, tmp_path):

@@ -7,12 +7,10 @@ import signal
 import subprocess
 import sys
 
-import gymnasium
 import numpy as np
 import pytest
 
-from experiments.common import recording
-from tt_jax import checkpoints
+from tt_jax import checkpoints, environments
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 COMMAND = [
@@ -88,7 +86,7 @@ def test_the_checkpoint_brings_the_environment_back(finished):
     text = checkpoints.restore(workdir).run["env_spec"]
     assert "tt_jax.rollouts:ActionRepeat" in text
     before = text.replace("tt_jax.rollouts:ActionRepeat", "experiments.action_repeat:ActionRepeat")  # recorded earlier
-    env, earlier = (recording.make_env(gymnasium.envs.registration.EnvSpec.from_json(each)) for each in (text, before))
+    env, earlier = (environments.make_stored(each) for each in (text, before))
     assert earlier.spec == env.spec
     observation, _ = env.reset(seed=0)
     played = np.load(workdir / "control" / "random.npz")

@@ -1,6 +1,5 @@
 import gymnasium
 import jax
-import minari
 import numpy as np
 import pytest
 
@@ -95,6 +94,66 @@ def test_every_seed_is_played_once_to_its_end_whatever_its_neighbours_do():
         (3, 4, True),
         (1, 2, True),
     ]
+
+
+class Corridor(gymnasium.Env):
+    """Walks over whole numbers; action 5 goes back, 6 stays and 7 goes on. The goal, a Dict, moves along."""
+
+    observation_space = gymnasium.spaces.Dict(
+        place=gymnasium.spaces.Discrete(9),
+        desired_goal=gymnasium.spaces.Dict(
+            near=gymnasium.spaces.Box(-9, 9, (1,), np.float32), far=gymnasium.spaces.Box(-9, 9, (2,), np.float32)
+        ),
+    )
+    action_space = gymnasium.spaces.Discrete(3, start=5)
+
+    def _observe(self):
+        goal = {"near": np.full(1, self.place, np.float32), "far": np.full(2, self.place + 1, np.float32)}
+        return {"place": self.place, "desired_goal": goal}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = 4
+        return self._observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), repr(action)
+        self.place += int(action) - 6
+        return self._observe(), 1.0, self.place in (2, 6), False, {}
+
+
+def test_discrete_actions_are_rounded_to_and_moving_goals_are_the_newest():
+    seen = []
+
+    def policy(episodes):
+        seen.append([episode.goal.tolist() for episode in episodes])
+        return np.full((len(episodes), 1, 1), 6.6 if episodes[0].seed else -3.0)
+
+    config = trajectories.DataConfig(observation_keys=("place",))
+    for seed, actions in ((1, [[7.0], [7.0]]), (0, [[5.0], [5.0]])):
+        (episode,) = play(policy, env=Corridor, seeds=[seed], num_envs=1, config=config)
+        np.testing.assert_array_equal(episode.actions, actions)
+        assert episode.length == 2 and episode.terminated
+        place = 6.0 if seed else 2.0
+        np.testing.assert_array_equal(episode.observations[-1], [place])
+        np.testing.assert_array_equal(episode.goal, [place + 1, place + 1, place])  # far before near
+    assert seen == [[[5.0, 5.0, 4.0]], [[6.0, 6.0, 5.0]], [[5.0, 5.0, 4.0]], [[4.0, 4.0, 3.0]]]
+
+
+class Matrix(Walk):
+    """The same with the action in the corner of a matrix."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 2.0, (2, 3), np.float32)
+
+    def step(self, action):
+        assert action.shape == (2, 3) and action.dtype == np.float32
+        return super().step(action[1, 2:])
+
+
+def test_actions_of_several_axes_get_their_shape_back():
+    (episode,) = play(lambda episodes: np.arange(6.0).reshape(1, 1, 6) - 4, env=Matrix, seeds=[3], num_envs=1)
+    np.testing.assert_array_equal(episode.actions[0], [-1, -1, -1, -1, 0, 1])
+    np.testing.assert_allclose(np.diff([obs[0] for obs in episode.observations]), 1.0, rtol=1e-6, atol=0)
 
 
 def test_an_episode_records_what_the_environment_did():
@@ -255,19 +314,6 @@ def test_environments_that_fit_the_model_are_accepted():
 def test_environments_that_reset_themselves_are_refused():
     with pytest.raises(ValueError, match="rollouts.vectorize"):
         rollouts.run(gymnasium.vector.SyncVectorEnv([Walk]), noise, seeds=[0], config=trajectories.DataConfig())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:minari")
-def test_scores_are_percent_of_the_reference_scores_or_null(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    ends = {"terminations": np.ones(1, bool), "truncations": np.zeros(1, bool)}
-    step = {"observations": np.zeros((2, 2)), "actions": np.zeros((1, 1), np.float32), "rewards": np.zeros(1)}
-    spaces = {"observation_space": Walk.observation_space, "action_space": Walk.action_space}
-    buffer = [minari.data_collector.EpisodeBuffer(**step, **ends)]
-    dataset = minari.create_dataset_from_buffers("walk/test-v0", buffer, **spaces)
-    assert rollouts.normalized_scores([1.0, 3.0], dataset) is None
-    dataset.storage.update_metadata({"ref_min_score": -1.0, "ref_max_score": 3.0})
-    np.testing.assert_array_equal(rollouts.normalized_scores([1.0, 3.0], dataset), [50.0, 100.0])
 
 
 def test_a_fixed_goal_stands_still_while_the_start_moves():

@@ -191,3 +191,18 @@ def test_traced_functions_agree_with_numpy(arrays, discretizer):
         lambda p: tokenization.percentile(discretizer, p, 0.3, dim=1),
     ):
         np.testing.assert_allclose(check_transforms(fn, jnp.asarray(probs)), fn(probs.astype(np.float64)), rtol=1e-5)
+
+
+def test_known_values_get_a_bin_each_whether_the_data_holds_them_or_not():
+    values = np.array([[0.3, 7.0], [0.1, 5.0], [0.2, 5.0]])
+    discretizer = tokenization.fit(values, num_bins=6, known_values={1: np.arange(4.0, 9.0)})
+    column = np.arange(4.0, 9.0)[:, None]
+    tokens = tokenization.encode(discretizer, column, dims=slice(1, 2))
+    np.testing.assert_array_equal(tokens[:, 0], [0, 1, 2, 3, 5])  # the bins that are left over are the last value's
+    np.testing.assert_array_equal(tokenization.decode(discretizer, tokens, dims=slice(1, 2)), column)
+    for token in (4, 6):  # a bin that is left over, and the stop token
+        assert tokenization.decode(discretizer, np.array([[token]]), dims=slice(1, 2)) == 8.0
+    plain = tokenization.fit(values, num_bins=6)
+    np.testing.assert_array_equal(discretizer.thresholds[0], plain.thresholds[0])
+    with pytest.raises(ValueError, match="column 1 takes 5 values, more than num_bins=4"):
+        tokenization.fit(values, num_bins=4, known_values={1: np.arange(5.0)})

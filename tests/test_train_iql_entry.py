@@ -117,6 +117,15 @@ def test_mistakes_are_told_in_one_line(train_iql, tmp_path, arguments, message):
     assert message in done.error
 
 
+def test_data_without_an_environment_is_learned_from_without_playing(train_iql, tmp_path):
+    settings = ["--dataset=test/within-v0", "--config.data.observation_keys=()", "--config.iql_train.num_steps=10"]
+    done = train_iql(*IQL, *settings, f"--workdir={tmp_path}")
+    assert done.code == 0, done.stderr
+    assert "the dataset names no environment; the policies are not evaluated" in done.stderr
+    assert checkpoints.latest_step(tmp_path) == 10
+    assert not any(name.startswith("eval/") for line in read_metrics(tmp_path) for name in line)
+
+
 # Guiding the planner
 
 

@@ -276,6 +276,45 @@ def test_splitting_the_steps_into_calls_changes_nothing(start, train_on_four):
     chex.assert_trees_all_equal(data_parallel.unreplicate(state), data_parallel.unreplicate(whole))
 
 
+@pytest.mark.parametrize("size, remat", [(2, False), (4, True), (1, True)])
+def test_less_memory_changes_no_bits_of_dropout_and_no_more_than_the_rounding(arrays, config, start, size, remat):
+    batch, key = golden.batch_from(arrays, "batch0/"), jax.random.key(9)
+
+    def step(train_config, model_config):
+        def update(state):
+            return training.update(state, batch, key, config=train_config, model_config=model_config)
+
+        return jax.jit(update)(start)
+
+    assert golden.CONFIG.attention_dropout > 0 and len(batch.targets) == 4
+    expected, expected_metrics = step(config, golden.CONFIG)
+    small = dataclasses.replace(config, microbatch_size=size)
+    got, metrics = step(small, dataclasses.replace(golden.CONFIG, remat=remat))
+    chex.assert_trees_all_close(metrics, expected_metrics, rtol=1e-5)
+    # Adam's first moment is a tenth of the clipped gradient.
+    chex.assert_trees_all_close(got.opt_state[1].mu, expected.opt_state[1].mu, rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(got.tokens_seen, expected.tokens_seen)
+
+
+def test_microbatches_of_four_devices_take_the_same_steps(config, start, train_on_four):
+    expected, expected_metrics = train_on_four(data_parallel.replicate(start), 2)
+    got, metrics = make_train_on_four(dataclasses.replace(config, microbatch_size=1))(data_parallel.replicate(start), 2)
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name][:, :2], expected_metrics[name][:, :2], rtol=1e-4)
+    got, expected = (without_key_bias(data_parallel.unreplicate(each.params)) for each in (got, expected))
+    chex.assert_trees_all_close(got, expected, rtol=0, atol=5e-6)
+
+
+def test_microbatches_must_divide_the_batch_of_a_device(config):
+    odd = dataclasses.replace(config, microbatch_size=3)
+    settings = {"config": odd, "model_config": golden.CONFIG, "windows_fn": windows_fn, "num_windows": 30}
+    for make_fn in (training.make_train_fn, training.make_eval_fn):
+        with pytest.raises(ValueError, match="train.microbatch_size=3 must divide the 2 windows of a device's batch"):
+            make_fn(**settings)
+    with pytest.raises(ValueError, match="train.microbatch_size=-1 must not be negative"):
+        dataclasses.replace(config, microbatch_size=-1)
+
+
 def test_input_noise_moves_observation_and_action_tokens_alone():
     spec = types.TransitionSpec(observation_dim=3, action_dim=2, num_bins=100)
     dims = np.arange(34) % spec.transition_dim
@@ -306,9 +345,13 @@ def test_input_noise_ends_after_its_steps(config, start, train_on_four):
     chex.assert_trees_all_close(noisy.params, expected.params, rtol=0, atol=1e-6)
 
 
-def test_evaluation_is_the_mean_over_evenly_spaced_windows_without_dropout(config, start):
+@pytest.mark.parametrize("size", [0, 1])
+def test_evaluation_is_the_mean_over_evenly_spaced_windows_without_dropout(config, start, size):
     evaluate = training.make_eval_fn(
-        config=config, model_config=golden.CONFIG, windows_fn=windows_fn, num_windows=len(TOKENS)
+        config=dataclasses.replace(config, microbatch_size=size),
+        model_config=golden.CONFIG,
+        windows_fn=windows_fn,
+        num_windows=len(TOKENS),
     )
     metrics = evaluate(data_parallel.replicate(start.params), data_parallel.replicate(TOKENS))
     ids = np.linspace(0, 29, 32).astype(int)  # 30 windows fill 4 batches of 8

@@ -288,12 +288,6 @@ def test_load_refuses_data_without_a_window(write):
         trajectories.load(write(random_episodes([1, 1])), config=trajectories.DataConfig())
 
 
-def test_load_refuses_other_spaces(write):
-    episodes = [dataclasses.replace(e, actions=np.zeros(len(e), np.int64)) for e in random_episodes([4])]
-    with pytest.raises(ValueError, match="Actions must be a Box, got Discrete"):
-        trajectories.load(write(episodes, action_space=gymnasium.spaces.Discrete(3)), config=trajectories.DataConfig())
-
-
 def test_load_refuses_keys_for_plain_observations(write):
     with pytest.raises(ValueError, match="is not a Dict; leave data.observation_keys"):
         trajectories.load(write(random_episodes([4])), config=trajectories.DataConfig(observation_keys=("goal",)))
@@ -337,12 +331,12 @@ def test_single_steps_for_iql_end_where_the_episode_says_and_only_terminals_are_
             row += 1
     np.testing.assert_array_equal(steps.rewards, np.float32(data.rewards))
     assert np.abs(steps.actions).max() == np.float32(1 - 1e-5)
-    with pytest.raises(ValueError, match="within"):
-        trajectories.transitions(dataclasses.replace(data, actions=2 * np.ones_like(data.actions)))
 
 
 @pytest.mark.parametrize("name", ["small", "unfinished"])
 def test_actions_are_clipped_as_in_the_reference_of_iql(name):
     arrays = np.load(pathlib.Path(__file__).parent / "data" / "iql.npz")
-    clipped = trajectories.clip_actions(arrays[f"data/{name}/in_actions"])
+    actions = arrays[f"data/{name}/in_actions"]
+    ones = np.ones(actions.shape[1], np.float32)
+    clipped = trajectories.clip_actions(actions, low=-ones, high=ones)
     np.testing.assert_array_equal(clipped, arrays[f"data/{name}/actions_clipped"])

@@ -204,6 +204,9 @@ def _rename_networks(arrays):
         before, stacked, after = name.partition("/blocks/")
         parts = {f"{before}/blocks_{i}/{after}": part for i, part in enumerate(array)} if stacked else {name: array}
         renamed |= parts
+    if "params/units/reward_scale" in renamed and "params/units/action_scale" not in renamed:  # actions were within +-1
+        renamed["params/units/action_center"] = np.zeros_like(renamed["params/actor/log_std"])
+        renamed["params/units/action_scale"] = np.ones_like(renamed["params/actor/log_std"])
     return renamed
 
 

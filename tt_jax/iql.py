@@ -3,12 +3,13 @@
 Twin critics Q, a value V fitted to an upper expectile of Q over the data's actions, a target critic that follows Q, and
 a Gaussian policy by advantage-weighted regression. Parameters are a nested dict of arrays
 
-    actor, value                  those of a `Policy` and of an `MLP`
-    critic, target_critic         those of `Critics`, whose leaves are stacked over the two critics
-    units                         mean and deviation of the observations, scale and shift of the rewards
+    actor, value                  those of a `networks.Policy` and of an `networks.MLP`
+    critic, target_critic         those of `networks.Critics`, whose leaves are stacked over the two critics
+    units                         mean and deviation of the observations, center and half-width of the actions, scale
+                                  and shift of the rewards
 
-so that they bring their units along: every function here takes observations and rewards as the environment gives them.
-Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
+so that they bring their units along: every function here takes observations, actions and rewards
+as the environment has them. Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
 """
 
 import dataclasses
@@ -19,13 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
-from tt_jax import types
+from tt_jax import networks, types
 
-_LOG_STD_MIN, _LOG_STD_MAX = -5.0, 2.0
 _MAX_WEIGHT = 100.0  # of a sample in the policy's regression
-_PRECISION = jax.lax.Precision.HIGHEST
 REWARD_UNITS = ("raw", "minus_one", "return_range")
 
 
@@ -78,12 +76,13 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
     actor_key, critic_key, value_key, dropout_key = jax.random.split(rng_key, 4)
     observation_dim, action_dim, hidden = config.observation_dim, config.action_dim, config.hidden_dims
     observation = jnp.zeros([1, observation_dim])
-    networks = {
-        "actor": Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
-        "critic": Critics((*hidden, 1)).init(critic_key, jnp.zeros([2, 1, observation_dim + action_dim]))["params"],
-        "value": MLP((*hidden, 1)).init(value_key, observation)["params"],
+    inputs = jnp.zeros([2, 1, observation_dim + action_dim])  # of both critics
+    learned = {
+        "actor": networks.Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
+        "critic": networks.Critics((*hidden, 1)).init(critic_key, inputs)["params"],
+        "value": networks.MLP((*hidden, 1)).init(value_key, observation)["params"],
     }
-    units = _raw_units(observation_dim) if units is None else units
+    units = _raw_units(observation_dim, action_dim) | (units or {})
     if np.shape(units["observation_mean"]) != (observation_dim,):
         raise ValueError(
             f"the units are those of observations {np.shape(units['observation_mean'])}, "
@@ -91,11 +90,11 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
         )
     return IQLState(
         params={
-            **networks,
-            "target_critic": jax.tree.map(jnp.copy, networks["critic"]),
+            **learned,
+            "target_critic": jax.tree.map(jnp.copy, learned["critic"]),
             "units": {name: jnp.asarray(value, jnp.float32) for name, value in units.items()},
         },
-        opt_state={name: optax.scale_by_adam().init(network) for name, network in networks.items()},
+        opt_state={name: optax.scale_by_adam().init(network) for name, network in learned.items()},
         step=jnp.zeros([], jnp.int32),
         dropout_key=jax.random.key_data(dropout_key),
     )
@@ -111,7 +110,7 @@ def update(
     their steps, advantage by the new V. Raises ValueError if the shapes of the batch do not suit the configuration.
     """
     _check_batch(batch, config)
-    params, actions = state.params, batch.actions
+    params, actions = state.params, _normalize_actions(state.params, batch.actions)
     observations = _standardize(params, batch.observations)
     both_observations = jnp.stack([observations, _standardize(params, batch.next_observations)])
     rewards = transform_rewards(params, batch.rewards)
@@ -141,9 +140,9 @@ def update(
     actor, actor_opt, actor_metrics = descend("actor", actor_loss, actor_learning_rate(state.step, config=config))
     critic, critic_opt, critic_metrics = descend("critic", critic_loss, config.learning_rate)
     target_critic = optax.incremental_update(critic, params["target_critic"], config.tau)
-    networks = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
+    learned = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
     state = state.replace(
-        params=params | networks,
+        params=params | learned,
         opt_state={"actor": actor_opt, "critic": critic_opt, "value": value_opt},
         step=state.step + 1,
     )
@@ -160,6 +159,7 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
     _check_size("action", action, params["actor"]["log_std"].shape[-1])
     leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
     observation = jnp.broadcast_to(_standardize(params, observation), (*leading, observation.shape[-1]))
+    action = _normalize_actions(params, action)
     return _critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
 
 
@@ -170,15 +170,17 @@ def values(params: types.Params, observation: chex.Array) -> chex.Array:
 
 
 def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Return the mean [..., A] of the actions at observation [..., N], within +-1, and their deviation [A]."""
+    """Return the mean [..., A] of the actions at observation [..., N], within their bounds, and their deviation [A]."""
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
-    return _policy(params["actor"], _standardize(params, observation))
+    mean, std = _policy(params["actor"], _standardize(params, observation))
+    center, scale = _action_units(params, mean)
+    return center + scale * mean, params["units"]["action_scale"] * std
 
 
 def sample_action(
     params: types.Params, rng_key: chex.PRNGKey, observation: chex.Array, *, temperature: chex.Numeric = 1.0
 ) -> chex.Array:
-    """Draw actions [..., A], clipped to +-1, at observation [..., N]; temperature 0 gives the mean, for evaluation.
+    """Draw actions [..., A], clipped to their bounds, at observation [..., N]; temperature 0 gives the mean.
 
     `rng_key` is one key, or one per observation, so that an action does not depend on the other observations. The
     temperature multiplies the deviation. Raises ValueError as `q_values`.
@@ -189,7 +191,8 @@ def sample_action(
         noise = jax.vmap(draw_fn)(rng_key.reshape(-1)).reshape(mean.shape)
     else:
         noise = jax.random.normal(rng_key, mean.shape)
-    return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), -1.0, 1.0)
+    center, scale = _action_units(params, mean)
+    return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), center - scale, center + scale)
 
 
 def actor_learning_rate(step: chex.Numeric, *, config: IQLConfig) -> chex.Array:
@@ -204,17 +207,27 @@ def expectile_loss(difference: chex.Array, *, expectile: float) -> chex.Array:
     return jnp.where(difference > 0, expectile, 1 - expectile) * difference**2
 
 
-def fit_units(transitions: types.Transitions, *, config: IQLConfig) -> types.Params:
+def fit_units(
+    transitions: types.Transitions,
+    *,
+    config: IQLConfig,
+    action_bounds: tuple[np.ndarray, np.ndarray] | None = None,
+) -> types.Params:
     """Measure on the whole dataset [n], in numpy, the units in which the networks work, as the configuration says.
 
-    Returns observation_mean and observation_std [N], reward_scale and reward_shift [], all float32.
+    Returns observation_mean and observation_std [N], action_center and action_scale [A], reward_scale and reward_shift
+    [], all float32. The `action_bounds`, lowest and highest [A], are +-1 to the networks; None leaves actions alone.
     Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
     "raw"; "minus_one", 1 less per step; "return_range", multiplied by 1000 / (largest - smallest return), with the
     episodes told apart as in the reference (see `episode_ends`), so the rows must be in the order they were made.
     Raises ValueError if the observations are of another size or all returns are equal.
     """
     _check_batch(transitions, config)
-    units = jax.tree.map(np.asarray, _raw_units(config.observation_dim))
+    units = jax.tree.map(np.asarray, _raw_units(config.observation_dim, config.action_dim))
+    if action_bounds is not None:
+        low, high = (np.asarray(bound, np.float32) for bound in action_bounds)
+        units["action_center"] = (low + high) / 2
+        units["action_scale"] = np.where(low < high, (high - low) / 2, np.float32(1))
     if config.normalize_observations:
         observations = np.asarray(transitions.observations, np.float64)
         units["observation_mean"] = observations.mean(axis=0).astype(np.float32)
@@ -255,81 +268,18 @@ def episode_returns(transitions: types.Transitions) -> np.ndarray:
 # Networks
 
 
-def _dot_general(x, kernel, dimension_numbers, precision):
-    """Multiply as `nn.Dense` does, [..., in] by [in, out]."""
-    del dimension_numbers, precision
-    return _product(x, kernel)
-
-
-@jax.custom_vjp
-def _product(x, kernel):
-    return jnp.matmul(x, kernel, precision=_PRECISION)
-
-
-def _product_forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    # [in, out] at once: the product that JAX derives is [out, in], which under vmap costs copies, 15% of an update.
-    dot, leading = functools.partial(jax.lax.dot_general, precision=_PRECISION), tuple(range(x.ndim - 1))
-    dkernel = dot(x, dy, dimension_numbers=((leading, leading), ((), ())))
-    return dot(dy, kernel, dimension_numbers=(((dy.ndim - 1,), (1,)), ((), ()))), dkernel
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-class MLP(nn.Module):
-    """Dense layers, with ReLU after all but the last; `sizes` are their units."""
-
-    sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, x, dropout_fn=None):
-        """Map x [..., in] to [..., sizes[-1]]; `dropout_fn(hidden, layer)` is applied to each hidden layer."""
-        for layer, size in enumerate(self.sizes):
-            x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dot_general=_dot_general)(x)
-            if layer < len(self.sizes) - 1:
-                x = nn.relu(x)
-                x = dropout_fn(x, layer) if dropout_fn else x
-        return x
-
-
-class Policy(nn.Module):
-    """A Gaussian whose mean is within +-1 and whose deviation does not depend on the observation."""
-
-    sizes: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, observations, dropout_fn=None):
-        """Return the mean [..., A] and the deviation [A] at observations [..., N]."""
-        mean = jnp.tanh(MLP(self.sizes, name="mlp")(observations, dropout_fn))
-        log_std = self.param("log_std", nn.initializers.zeros, self.sizes[-1:])
-        return mean, jnp.exp(jnp.clip(log_std, _LOG_STD_MIN, _LOG_STD_MAX))
-
-
-Critics = nn.vmap(MLP, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=2)  # [2, ...] both ways
-
-
-def _sizes(mlp):
-    """Return the units of each layer of an MLP with the parameters `mlp`."""
-    return tuple(mlp[f"Dense_{i}"]["bias"].shape[-1] for i in range(len(mlp)))
-
-
 def _value(value, observations):
-    return MLP(_sizes(value)).apply({"params": value}, observations)[..., 0]
+    return networks.MLP(networks.sizes(value)).apply({"params": value}, observations)[..., 0]
 
 
 def _critics(critic, observations, actions):
     inputs = jnp.concatenate([observations, actions], axis=-1)
     inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
-    return Critics(_sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
+    return networks.Critics(networks.sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
 
 
 def _policy(actor, observations, dropout_fn=None):
-    return Policy(_sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
+    return networks.Policy(networks.sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
 
 
 def _log_prob(actor, observations, actions, dropout_fn):
@@ -369,8 +319,10 @@ def _descend(name, loss_fn, rate, *, state, axis_name):
 # Units and checks
 
 
-def _raw_units(observation_dim):
+def _raw_units(observation_dim, action_dim):
     return {
+        "action_center": jnp.zeros([action_dim]),
+        "action_scale": jnp.ones([action_dim]),
         "observation_mean": jnp.zeros([observation_dim]),
         "observation_std": jnp.ones([observation_dim]),
         "reward_scale": jnp.ones([]),
@@ -382,6 +334,17 @@ def _standardize(params, observations):
     units = params["units"]
     mean, std = (jnp.broadcast_to(units[f"observation_{name}"], observations.shape) for name in ("mean", "std"))
     return (observations - mean) / std
+
+
+def _action_units(params, actions):
+    """Return the center and the half-width of the actions' bounds in the shape of `actions` [..., A]."""
+    return tuple(jnp.broadcast_to(params["units"][f"action_{name}"], actions.shape) for name in ("center", "scale"))
+
+
+def _normalize_actions(params, actions):
+    """Bring actions [..., A] of the environment to the networks' +-1."""
+    center, scale = _action_units(params, actions)
+    return (actions - center) / scale
 
 
 def _check_size(name, array, size):

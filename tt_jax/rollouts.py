@@ -14,10 +14,9 @@ import chex
 import gymnasium
 import jax
 import jax.numpy as jnp
-import minari
 import numpy as np
 
-from tt_jax import iql, tokenization, trajectories, types
+from tt_jax import iql, spaces, tokenization, trajectories, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +25,8 @@ class Episode:
 
     seed: int
     observations: list[np.ndarray]  # length + 1 times [N] float32
-    goal: np.ndarray | None = None  # [G] float32, the desired_goal after the reset, if the environment has goals
-    actions: list[np.ndarray] = dataclasses.field(default_factory=list)  # length times [A], as executed
+    goal: np.ndarray | None = None  # [G] float32, the newest desired_goal, if the environment has goals
+    actions: list[np.ndarray] = dataclasses.field(default_factory=list)  # length times [A], as executed, flattened
     rewards: list[float] = dataclasses.field(default_factory=list)  # length times float64
     successes: list[bool] = dataclasses.field(default_factory=list)  # per step; empty without success information
     terminated: bool = False  # False also for an episode that was cut off
@@ -70,7 +69,8 @@ def run(
     `policy(episodes) -> actions [b, n, A]` gives the next n >= 1 actions of each of b running episodes.
     `config` says how observations are flattened, as for the data; the rest of it is not used here.
     A slot whose episode ends takes the next seed, so every seed is played to its end exactly once and short episodes
-    do not bias the mean. Actions are clipped to the action space before they are executed and recorded. The policy
+    do not bias the mean. Actions are clipped to the action space, and rounded if it is discrete, before they are
+    executed and recorded; a policy sees those of several axes flattened. The policy
     sees only the episodes that need actions; `on_finish` sees each episode when it is over. Results do not depend on
     the number of environments if the policy treats its rows independently.
 
@@ -79,6 +79,7 @@ def run(
     if envs.metadata["autoreset_mode"] != gymnasium.vector.AutoresetMode.DISABLED:
         raise ValueError("the environments reset themselves; make them with rollouts.vectorize.")
     low, high = _action_bounds(envs)
+    action_space = envs.single_action_space
     waiting = collections.deque(seeds)
     running: dict[int, Episode] = {}  # by slot; a slot that is missing idles
     planned: dict[int, list[np.ndarray]] = {}  # actions still to execute, by slot
@@ -91,23 +92,24 @@ def run(
             reset_seeds = [starts.get(slot, 0) for slot in range(envs.num_envs)]
             first, _ = envs.reset(seed=reset_seeds, options={"reset_mask": ended})
             observations = _flatten(first, config)
-            goals = first.get("desired_goal") if isinstance(first, dict) else None
+            goals = _goals(first, envs.num_envs)
             for slot, seed in starts.items():
-                goal = None if goals is None else goals[slot].astype(np.float32)
-                running[slot] = Episode(seed=seed, observations=[observations[slot]], goal=goal)
+                running[slot] = Episode(seed=seed, observations=[observations[slot]], goal=goals[slot])
                 planned[slot] = []
 
         asking = [slot for slot in running if not planned[slot]]
         if asking:
             actions = _checked(policy([running[slot] for slot in asking]), len(asking), low.shape)
+            if _is_discrete(action_space):
+                actions = np.rint(actions)
             for slot, sequence in zip(asking, np.clip(actions, low, high), strict=True):
                 planned[slot] = list(sequence)
         executed = np.clip(np.zeros_like(low, shape=(envs.num_envs, *low.shape)), low, high)
         for slot in running:
             executed[slot] = planned[slot].pop(0)
 
-        observations, rewards, terminated, truncated, infos = envs.step(executed)
-        observations = _flatten(observations, config)
+        stepped, rewards, terminated, truncated, infos = envs.step(spaces.unflatten(executed, action_space))
+        observations, goals = _flatten(stepped, config), _goals(stepped, envs.num_envs)
         successes = infos.get("success", infos.get("is_success"))
         ended = terminated | truncated
         for slot, episode in list(running.items()):
@@ -116,6 +118,8 @@ def run(
             episode.rewards.append(float(rewards[slot]))
             if successes is not None:
                 episode.successes.append(bool(successes[slot]))
+            if goals[slot] is not None:  # it may move
+                episode = running[slot] = dataclasses.replace(episode, goal=goals[slot])
             if ended[slot]:
                 finished.append(dataclasses.replace(running.pop(slot), terminated=bool(terminated[slot])))
                 on_finish(finished[-1])
@@ -214,14 +218,6 @@ def check_spaces(
             raise ValueError(f"the environment's {name} has {size} dimensions, the model was trained with {expected}.")
 
 
-def normalized_scores(returns: np.ndarray, dataset: minari.MinariDataset) -> np.ndarray | None:
-    """Scale returns [n] to percent of the dataset's reference scores, float64 [n]; None if it has none."""
-    try:
-        return 100.0 * minari.get_normalized_score(dataset, np.asarray(returns))
-    except ValueError:
-        return None
-
-
 class FixedGoal(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """A gymnasium-robotics maze whose goal stands at `goal` [2] after each reset; the start keeps its noise."""
 
@@ -271,9 +267,22 @@ def _flatten(observations: np.ndarray | dict, config: trajectories.DataConfig) -
 
 def _action_bounds(envs: gymnasium.vector.VectorEnv) -> tuple[np.ndarray, np.ndarray]:
     space = envs.single_action_space
-    if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-        raise ValueError(f"the action space must be a Box of shape (A,), got {space}.")
-    return space.low, space.high
+    if isinstance(space, gymnasium.spaces.Dict):
+        raise ValueError(f"the action space must be one space of numbers, got {space}.")
+    columns = spaces.columns(space)
+    dtype = np.float32 if columns.is_discrete.any() else space.dtype
+    return columns.low.astype(dtype), columns.high.astype(dtype)
+
+
+def _is_discrete(space: gymnasium.Space) -> bool:
+    return not isinstance(space, gymnasium.spaces.Box)
+
+
+def _goals(observations: np.ndarray | dict, num_envs: int) -> list[np.ndarray | None]:
+    """Return the goal [G] float32 of each environment, the entries of a Dict in the order of their names, or None."""
+    if not isinstance(observations, dict) or "desired_goal" not in observations:
+        return [None] * num_envs
+    return list(spaces.flatten(observations["desired_goal"]).astype(np.float32))
 
 
 def _checked(actions: np.ndarray, num_episodes: int, action_shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ Bins are fitted on the host in float64 and used there in float64 (numpy in, nump
 same bins are float32.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import chex
@@ -25,15 +26,18 @@ def fit(
     num_bins: int,
     method: Literal["quantile", "uniform"] = "quantile",
     distinct_values: bool = False,
+    known_values: Mapping[int, np.ndarray] | None = None,
 ) -> Discretizer:
     """Fit bins to the columns of `values` [n, D].
 
     "quantile" places the thresholds at every ceil(n / num_bins)-th sorted value, as the PyTorch reference does to the
     last bit; rows too few to fill all bins repeat the maximum. "uniform" spaces them evenly. With `distinct_values` a
     column of at most `num_bins` distinct values gets one bin per value, which decodes to that value (a rare reward
-    vanishes in a quantile bin).
+    vanishes in a quantile bin). `known_values` maps a column to all values that it can take, ascending: it gets one bin
+    per value, whether `values` hold it or not.
 
-    Raises ValueError for an unknown method, no rows, and values that are not finite (naming the columns).
+    Raises ValueError for an unknown method, no rows, more known values than bins, and values that are not finite
+    (naming the columns).
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or values.shape[0] == 0:
@@ -57,15 +61,24 @@ def fit(
             distinct = np.unique(column)
             if len(distinct) <= num_bins:
                 thresholds[dim], centers[dim] = _bins_of_distinct_values(distinct, num_bins)
+    for dim, known in (known_values or {}).items():
+        if len(known) > num_bins:
+            raise ValueError(
+                f"column {dim} takes {len(known)} values, more than num_bins={num_bins}; set that many bins."
+            )
+        thresholds[dim], centers[dim] = _bins_of_distinct_values(np.asarray(known, np.float64), num_bins)
     return Discretizer(thresholds=thresholds, centers=centers)
 
 
 def _quantile_thresholds(values: np.ndarray, num_bins: int) -> np.ndarray:
-    ordered = np.sort(values.T, axis=1)  # [D, n]
-    stride = -(-ordered.shape[1] // num_bins)
-    thresholds = ordered[:, ::stride]
-    missing = num_bins + 1 - thresholds.shape[1]  # at least 1: the maximum always closes the last bin
-    return np.concatenate([thresholds, np.repeat(ordered[:, -1:], missing, axis=1)], axis=1)
+    stride = -(-len(values) // num_bins)
+    thresholds = np.empty([values.shape[1], num_bins + 1])
+    for dim in range(values.shape[1]):  # one by one, as a sorted copy of all may not fit
+        ordered = np.sort(values[:, dim])
+        kept = ordered[::stride]
+        thresholds[dim, : len(kept)] = kept
+        thresholds[dim, len(kept) :] = ordered[-1]  # at least one: the maximum always closes the last bin
+    return thresholds
 
 
 def _bins_of_distinct_values(distinct: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,6 +28,7 @@ class TrainConfig:
 
     num_steps: int = 195_000  # updates
     batch_size: int = 256  # windows per step over all devices
+    microbatch_size: int = 0  # windows per device whose gradient is computed at a time, which saves memory; 0: all
     learning_rate: float = 6e-4  # the highest
     weight_decay: float = 0.1  # of matrices only
     grad_clip: float = 1.0  # largest global norm of the gradient
@@ -50,6 +51,8 @@ class TrainConfig:
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.microbatch_size < 0:
+            raise ValueError(f"train.microbatch_size={self.microbatch_size} must not be negative; 0 takes all at once.")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f'train.optimizer must be "adamw" or "muon", got "{self.optimizer}".')
         if self.learning_rate <= 0 or self.grad_clip <= 0:
@@ -161,19 +164,25 @@ def update(
 
     `batch` is [B, T] int32, and `dropout_key` a key, one per row, or None for no dropout. The metrics, [] float32, are
     those of `transformer.loss`, means over the global batch before the step; grad_norm, before clipping; and
-    learning_rate.
+    learning_rate. Microbatches draw the same bits for dropout, and their gradients add up to the same but for rounding.
+    Raises ValueError if they do not divide the batch.
     """
     add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
     num_positions = add_up(jnp.float32(batch.targets.size))
 
-    def objective(params):
+    @functools.partial(jax.grad, has_aux=True)
+    def grad_fn(params, part, key):
         total, *sums_and_counts = transformer.loss_sums(
-            params, batch, config=model_config, goal=_goal(batch, model_config), dropout_key=dropout_key
+            params, part, config=model_config, goal=_goal(part, model_config), dropout_key=key
         )
         return total / num_positions, sums_and_counts
 
-    grads, sums_and_counts = jax.grad(objective, has_aux=True)(state.params)
-    grads, (sums, counts) = add_up((grads, sums_and_counts))
+    if config.microbatch_size:
+        first = jax.lax.axis_index(axis_name) if axis_name else 0
+        found = _accumulate(grad_fn, state.params, batch, dropout_key, size=config.microbatch_size, zero=0 * first)
+    else:
+        found = grad_fn(state.params, batch, dropout_key)
+    grads, (sums, counts) = add_up(found)
     real_targets = add_up(jnp.sum(batch.targets != model_config.spec.stop_token, dtype=jnp.uint32))
 
     tokens_seen = state.tokens_seen[0].astype(jnp.float32) * 2.0**32 + state.tokens_seen[1].astype(jnp.float32)
@@ -192,6 +201,30 @@ def update(
         tokens_seen=jnp.stack([state.tokens_seen[0] + carry, low_word]),
     )
     return state, metrics
+
+
+def _accumulate(grad_fn, params, batch, dropout_key, *, size, zero):
+    """Add up `grad_fn(params, part, keys)` over parts of `size` rows, one after the other.
+
+    `zero` is 0, as an array that may differ between the devices, as the gradients may.
+    """
+    num_rows = len(batch.targets)
+    _check_microbatches(size, num_rows)
+    if dropout_key is not None and not dropout_key.ndim:
+        dropout_key = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(num_rows))
+    parts = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), (batch, dropout_key))
+    shapes = jax.eval_shape(grad_fn, params, *jax.tree.map(lambda rows: rows[0], parts))
+    zeros = jax.tree.map(lambda shape: jnp.full(shape.shape, zero, shape.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, grad_fn(params, *part)), None
+
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _check_microbatches(size, num_rows):
+    if num_rows % size:
+        raise ValueError(f"train.microbatch_size={size} must divide the {num_rows} windows of a device's batch.")
 
 
 def window_ids(seed: chex.Numeric, step: chex.Numeric, *, batch_size: int, num_windows: int) -> chex.Array:
@@ -245,6 +278,7 @@ def make_train_fn(
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
+    _check_microbatches(config.microbatch_size or local_size, local_size)
 
     def train(state, store, seed, num_steps):
         dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
@@ -288,9 +322,12 @@ def make_eval_fn(
     They are rounded up to whole batches.
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
+    size = config.microbatch_size or local_size
+    _check_microbatches(size, local_size)
     num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)
-    ids = spaced.reshape(num_batches, -1, local_size)
+    ids = spaced.reshape(num_batches, -1, local_size // size, size)  # [batches, devices, parts, rows]
+    ids = ids.swapaxes(1, 2).reshape(-1, ids.shape[1], size)
 
     def evaluate(params, store):
         def add_batch(carry, batch_ids):

@@ -4,34 +4,38 @@ Nothing is padded: the transitions of all episodes stand one after the other, an
 """
 
 import dataclasses
+import logging
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tt_jax import types
+from tt_jax import spaces, types
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """How a dataset is read and cut into windows."""
 
-    observation_keys: tuple[str, ...] = ()  # Dict observations: the keys to concatenate, in this order
+    observation_keys: tuple[str, ...] = ()  # Dict observations: the keys to concatenate, in this order; nested: a/b
     observation_slice: int = 0  # keep the first n dimensions; 0 keeps all
     step: int = 1  # environment steps from one transition of a window to the next
     discount: float = 0.99  # of the return-to-go, per environment step
     termination_penalty: float | None = None  # replaces the reward of a terminal step
     max_path_length: int = 0  # 0: the environment's time limit or, without one, the longest episode
     stop_after_truncation: bool = True  # whether stop tokens are also trained on after a truncation
+    max_episodes: int = 0  # read the first n episodes alone; 0 reads all
+    spread_episodes: bool = False  # read n that are evenly spread over the dataset instead of the first
 
     def __post_init__(self):
         if self.step < 1:
             raise ValueError(f"data.step={self.step} must be at least 1.")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"data.discount={self.discount} must be in [0, 1].")
-        if self.observation_slice < 0 or self.max_path_length < 0:
-            raise ValueError("data.observation_slice and data.max_path_length must not be negative; 0 means unset.")
+        for name in ("observation_slice", "max_path_length", "max_episodes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name}={getattr(self, name)} must not be negative; 0 means unset.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Trajectories:
     dataset_id: str = ""
     env_id: str = ""
     max_path_length: int = 0  # time limit, at least the longest episode
+    final_known: np.ndarray | None = None  # [E] bool, 0 where the last observation is not recorded; None: all are
+    observation_columns: spaces.Columns | None = None  # of the N columns; None: any real numbers
+    action_columns: spaces.Columns | None = None  # of the A columns
 
 
 @chex.dataclass(frozen=True)
@@ -59,33 +66,58 @@ class TokenStore:
 
 
 def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Trajectories:
-    """Read a Minari dataset with Box actions and Box or Dict-of-Box observations.
+    """Read a Minari dataset whose observations and actions consist of numbers, see `spaces`.
+
+    An environment that cannot be read and an episode without its last observation are warnings in the log.
 
     Raises:
-      ValueError: the dataset is missing, its spaces do not fit, a number is not finite, an episode is longer than
-        the maximum, or no episode has two steps.
+      ValueError: the dataset is missing or damaged, its spaces do not fit, a number is not finite or not in its
+        discrete space, an episode is longer than the maximum, or no episode has two steps.
     """
-    dataset = _open(dataset_id, download=download)
-    _check_spaces(dataset, config)
-    episodes = [_read_episode(episode, config) for episode in dataset.iterate_episodes()]
+    from tt_jax import minari_files  # here, because training uses this module and must not need minari
+
+    storage = minari_files.open_storage(dataset_id, download=download)
+    observation_columns, action_columns = _columns(dataset_id, storage, config)
+    chosen = _chosen_episodes(storage.total_episodes, config)
+    episodes = [
+        _read_episode(dataset_id, index, episode, config, action_columns.size)
+        for index, episode in zip(chosen, minari_files.read_episodes(storage, chosen), strict=True)
+    ]
     lengths = [len(rewards) for *_, rewards, _ in episodes]
     if max(lengths, default=0) < 2:
         raise ValueError(f"Dataset {dataset_id} has no episode of at least 2 steps, so it holds no training window.")
-    observations, final_observations, actions, rewards, terminated = zip(*episodes, strict=True)
-    env_spec = dataset.env_spec
+    observations, final_observations, actions, rewards, terminated = map(list, zip(*episodes, strict=True))
+    del episodes
+    final_known = np.array([final is not None for final in final_observations])
+    if not final_known.all():
+        logging.getLogger(__name__).warning(
+            "%d of %d episodes of %s lack their last observation, episode %d the first of them; their last steps are "
+            "not used where the next observation is needed.",
+            np.sum(~final_known),
+            len(chosen),
+            dataset_id,
+            chosen[np.argmin(final_known)],
+        )
+        pairs = zip(final_observations, observations, strict=True)
+        final_observations = [before[-1] if final is None else final for final, before in pairs]
+    env_id, time_limit = minari_files.environment_limits(storage)
     trajectories = Trajectories(
-        observations=np.concatenate(observations),
+        observations=_release(observations),
         final_observations=np.stack(final_observations),
-        actions=np.concatenate(actions),
+        final_known=final_known,
+        actions=_release(actions),
         rewards=np.concatenate(rewards),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         terminated=np.array(terminated),
         dataset_id=dataset_id,
-        env_id=env_spec.id if env_spec else "",
-        max_path_length=config.max_path_length or (env_spec and env_spec.max_episode_steps) or max(lengths),
+        env_id=env_id,
+        max_path_length=config.max_path_length or time_limit or max(lengths),
+        observation_columns=observation_columns,
+        action_columns=action_columns,
     )
     _check_lengths(trajectories)
     _check_finite(trajectories)
+    _check_discrete(trajectories)
     return trajectories
 
 
@@ -94,18 +126,17 @@ def flatten_observations(observations, *, config: DataConfig) -> np.ndarray:
 
     The dtype is that of the parts together. Raises KeyError if one of `config.observation_keys` is not there.
     """
-    parts = [observations[key] for key in config.observation_keys] if config.observation_keys else [observations]
-    flat = np.concatenate([np.reshape(part, (len(part), -1)) for part in parts], axis=1)
+    keys = config.observation_keys
+    if not keys and isinstance(observations, dict):
+        raise KeyError(f"observation_keys must name some of {sorted(observations)}")
+    parts = [spaces.flatten(spaces.entry(observations, key)) for key in keys] or [spaces.flatten(observations)]
+    flat = np.concatenate(parts, axis=1)
     return flat[:, : config.observation_slice] if config.observation_slice else flat
 
 
 def select(trajectories: Trajectories, episodes) -> Trajectories:
     """Keep the episodes with the given indices [E'] in [0, E), in the given order."""
-    episodes = np.asarray(episodes, np.int64)
-    starts = trajectories.offsets[episodes]
-    lengths = trajectories.offsets[episodes + 1] - starts
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    rows, offsets = _rows_of(trajectories.offsets, episodes)
     return dataclasses.replace(
         trajectories,
         observations=trajectories.observations[rows],
@@ -114,6 +145,7 @@ def select(trajectories: Trajectories, episodes) -> Trajectories:
         rewards=trajectories.rewards[rows],
         offsets=offsets,
         terminated=trajectories.terminated[episodes],
+        final_known=None if trajectories.final_known is None else trajectories.final_known[episodes],
     )
 
 
@@ -136,33 +168,73 @@ def segment(trajectories: Trajectories, *, discount: float, termination_penalty:
 
 
 def transitions(trajectories: Trajectories) -> types.Transitions:
-    """Cut episodes into their n single steps, float32, in the order they were made, as `iql.update` learns from them.
+    """Cut episodes into their single steps, float32, in the order they were made, as `iql.update` learns from them.
 
-    Only real terminals have `not_terminal` 0: a truncated episode goes on for a Q-function. Actions are clipped just
-    inside +-1. Raises ValueError if an action is not within +-1.
+    Only real terminals have `not_terminal` 0: a truncated episode goes on for a Q-function, and its last step is left
+    out where the observation after it is not known. Actions beyond the bounds of `action_bounds` are clipped, with a
+    warning in the log, and all are kept just inside. Raises ValueError if actions are discrete.
     """
-    largest = np.abs(trajectories.actions).max()
-    if largest > 1:
-        raise ValueError(f"actions must be within +-1, {trajectories.dataset_id} has {largest}; rescale its actions.")
+    low, high = action_bounds(trajectories)
+    actions = trajectories.actions.astype(np.float32)
+    num_outside = int(np.sum(((actions < low) | (actions > high)).any(axis=1)))
+    if num_outside:
+        logging.getLogger(__name__).warning(
+            "%d of %d actions of %s are beyond their bounds %s to %s and clipped.",
+            num_outside,
+            len(actions),
+            trajectories.dataset_id,
+            low.tolist(),
+            high.tolist(),
+        )
     last_rows = trajectories.offsets[1:] - 1
     next_observations = np.empty_like(trajectories.observations)
     next_observations[:-1] = trajectories.observations[1:]
     next_observations[last_rows] = trajectories.final_observations
     not_terminal = np.ones(len(next_observations), np.float32)
     not_terminal[last_rows[trajectories.terminated]] = 0
-    return types.Transitions(
+    steps = types.Transitions(
         observations=trajectories.observations.astype(np.float32),
-        actions=clip_actions(trajectories.actions.astype(np.float32)),
+        actions=clip_actions(actions, low=low, high=high),
         rewards=trajectories.rewards.astype(np.float32),
         not_terminal=not_terminal,
         next_observations=next_observations.astype(np.float32),
     )
+    if trajectories.final_known is None or (trajectories.final_known | trajectories.terminated).all():
+        return steps
+    is_used = np.ones(len(actions), bool)
+    is_used[last_rows[~trajectories.final_known & ~trajectories.terminated]] = False
+    return jax.tree.map(lambda rows: rows[is_used], steps)
 
 
-def clip_actions(actions: np.ndarray) -> np.ndarray:
-    """Keep actions [n, A] just inside +-1, as the reference of IQL does before training."""
-    limit = np.float32(1 - 1e-5)
-    return np.clip(actions, -limit, limit)
+def action_bounds(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lowest and highest action [A] float32: those of the action space, +-1 if there is none.
+
+    A dimension without bounds is as wide as its largest action, at least +-1. Raises ValueError for discrete actions.
+    """
+    columns = trajectories.action_columns
+    if columns is None:
+        ones = np.ones(trajectories.actions.shape[1], np.float32)
+        return -ones, ones
+    if columns.is_discrete.any():
+        raise ValueError(f"the actions of {trajectories.dataset_id} are discrete; Q-learning here needs a Box of them.")
+    widest = np.maximum(np.abs(trajectories.actions).max(axis=0), 1.0)
+    is_bounded = np.isfinite(columns.low) & np.isfinite(columns.high)
+    low, high = np.where(is_bounded, columns.low, -widest), np.where(is_bounded, columns.high, widest)
+    return low.astype(np.float32), high.astype(np.float32)
+
+
+def clip_actions(actions: np.ndarray, *, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Keep actions [n, A] just inside their bounds [A], as the reference of IQL does with +-1 before training."""
+    center, reach = (high + low) / 2, (high - low) / 2 * np.float32(1 - 1e-5)
+    return np.clip(actions, center - reach, center + reach)
+
+
+def select_tokens(store: TokenStore, episodes) -> TokenStore:
+    """Keep the episodes with the given indices [E'] in [0, E), in the given order, as `select` does."""
+    rows, offsets = _rows_of(store.offsets.astype(np.int64), episodes)
+    return TokenStore(
+        tokens=store.tokens[rows], offsets=offsets.astype(np.int32), terminated=store.terminated[np.asarray(episodes)]
+    )
 
 
 def num_windows(offsets) -> int:
@@ -216,53 +288,85 @@ def windows(
     return types.Batch(inputs=inputs, targets=targets, weights=weights.astype(jnp.float32), goal=goal)
 
 
-def _open(dataset_id, *, download):
-    import minari  # here, because training uses this module and must not need minari
-
-    try:
-        return minari.load_dataset(dataset_id)
-    except FileNotFoundError:
-        if not download:
-            raise ValueError(
-                f"Dataset {dataset_id} not found at {minari.storage.get_dataset_path(dataset_id)}; "
-                "set MINARI_DATASETS_PATH to the folder that holds it, or pass --download."
-            ) from None
-    try:
-        minari.download_dataset(dataset_id)
-    except Exception as error:  # missing client, network, unknown dataset: whatever the remote's client raises
-        raise ValueError(f"Dataset {dataset_id} could not be downloaded: {error}") from error
-    return minari.load_dataset(dataset_id)
-
-
-def _check_spaces(dataset, config):
-    from gymnasium import spaces
-
-    if not isinstance(dataset.action_space, spaces.Box):
-        raise ValueError(f"Actions must be a Box, got {dataset.action_space}; discrete actions are not supported.")
-    space, keys = dataset.observation_space, config.observation_keys
-    if isinstance(space, spaces.Dict):
-        unknown = [key for key in keys if key not in space.spaces]
+def _columns(dataset_id, storage, config):
+    """Return the columns of observations and actions; raises ValueError if the keys or the spaces do not fit."""
+    space, keys = storage.observation_space, config.observation_keys
+    if isinstance(getattr(space, "spaces", None), dict):
+        unknown = [key for key in keys if not _has(space, key)]
         if unknown or not keys:
             problem = f"has no {', '.join(unknown)}" if unknown else "is a Dict"
             raise ValueError(
-                f"The observation of {dataset.id} {problem}; set data.observation_keys to some of {sorted(space)}."
+                f"The observation of {dataset_id} {problem}; set data.observation_keys to some of {spaces.keys(space)}."
             )
     elif keys:
-        raise ValueError(f"The observation of {dataset.id} is not a Dict; leave data.observation_keys={keys} empty.")
-    parts = [space[key] for key in keys] if keys else [space]
-    if not all(isinstance(part, spaces.Box) for part in parts):
-        raise ValueError(f"Observations must be a Box or a Dict of Boxes, got {space}.")
-    size = sum(int(np.prod(part.shape)) for part in parts)
-    if config.observation_slice > size:
-        raise ValueError(f"data.observation_slice={config.observation_slice} exceeds the {size} observed dimensions.")
+        raise ValueError(f"The observation of {dataset_id} is not a Dict; leave data.observation_keys={keys} empty.")
+    try:
+        parts = [spaces.entry(space, key) for key in keys] or [space]
+        observed = spaces.join([spaces.columns(part) for part in parts])
+        actions = spaces.columns(storage.action_space)
+    except ValueError as error:
+        raise ValueError(f"{dataset_id} cannot be used: {error}") from error
+    if isinstance(getattr(storage.action_space, "spaces", None), dict):
+        raise ValueError(f"{dataset_id} cannot be used: its actions are {storage.action_space}, not one space.")
+    if config.observation_slice > observed.size:
+        raise ValueError(
+            f"data.observation_slice={config.observation_slice} exceeds the {observed.size} observed dimensions."
+        )
+    return spaces.first(observed, config.observation_slice or observed.size), actions
 
 
-def _read_episode(episode, config):
-    observations = flatten_observations(episode.observations, config=config)
-    actions = np.reshape(episode.actions, (len(episode), -1))
+def _has(space, key):
+    try:
+        spaces.entry(space, key)
+    except KeyError:
+        return False
+    return True
+
+
+def _chosen_episodes(total, config):
+    """List the episodes to read: all, the first, or as many evenly spread."""
+    count = min(config.max_episodes or total, total)
+    if config.spread_episodes and count:
+        return np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return list(range(count))
+
+
+def _read_episode(dataset_id, index, episode, config, action_dim):
+    """Return the arrays of an episode, the observation after its last step being None if it was not recorded."""
+    observations = flatten_observations(episode["observations"], config=config)
+    length = len(episode["rewards"])
+    counts = {name: len(episode[name]) for name in ("actions", "terminations")} | {"observations": len(observations)}
+    if not length or counts["actions"] != length or counts["terminations"] != length:
+        raise ValueError(f"episode {index} of {dataset_id} has {length} rewards, but {counts}; remove the episode.")
+    if not length <= len(observations) <= length + 1:
+        raise ValueError(
+            f"episode {index} of {dataset_id} has {len(observations)} observations for {length} steps; there must be "
+            f"{length + 1}, or {length} without the last one."
+        )
+    actions = spaces.flatten(episode["actions"])
+    if actions.shape[1] != action_dim:
+        raise ValueError(
+            f"episode {index} of {dataset_id} has actions of {actions.shape[1]} dimensions, its space {action_dim}."
+        )
     # Minari stores one observation more than steps; the copies let go of what the slices leave out.
-    before, after = observations[: len(episode)].copy(), observations[len(episode)].copy()
-    return before, after, actions, episode.rewards, bool(episode.terminations[-1])
+    after = observations[length].copy() if len(observations) > length else None
+    return observations[:length].copy(), after, actions, episode["rewards"], bool(episode["terminations"][-1])
+
+
+def _release(parts):
+    """Join a list of arrays and empty it, so that the parts do not stay in memory."""
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
+
+
+def _rows_of(offsets, episodes):
+    """Return the rows of the given episodes, one after the other, and their new offsets."""
+    episodes = np.asarray(episodes, np.int64)
+    starts = offsets[episodes]
+    lengths = offsets[episodes + 1] - starts
+    kept = np.concatenate([[0], np.cumsum(lengths)])
+    return np.arange(kept[-1]) + np.repeat(starts - kept[:-1], lengths), kept
 
 
 def _check_lengths(trajectories):
@@ -292,6 +396,18 @@ def _check_finite(trajectories):
         raise ValueError(
             f"the last observation of episode {bad[0]} of {trajectories.dataset_id} is not finite; all data must be."
         )
+
+
+def _check_discrete(trajectories):
+    for name in ("observation", "action"):
+        values, columns = getattr(trajectories, f"{name}s"), getattr(trajectories, f"{name}_columns")
+        for column in np.flatnonzero(columns.is_discrete):
+            bad = np.flatnonzero(~np.isin(values[:, column], columns.values(column)))
+            if len(bad):
+                raise ValueError(
+                    f"{name}[{column}] of {trajectories.dataset_id} is {values[bad[0], column]} in row {bad[0]}, its "
+                    f"space has {columns.low[column]:.0f} to {columns.high[column]:.0f}; mend the data or its space."
+                )
 
 
 def _returns_after(rewards, is_last, *, discount):

@@ -43,7 +43,7 @@ class Batch:
 
 @chex.dataclass(frozen=True)
 class Transitions:
-    """Single steps of any episodes, in the environment's units; actions are within +-1."""
+    """Single steps of any episodes, in the environment's units; actions are within their bounds, +-1 by default."""
 
     observations: chex.Array  # [B, N] float32
     actions: chex.Array  # [B, A] float32

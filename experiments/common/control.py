@@ -10,16 +10,26 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.common import recording
-from tt_jax import checkpoints, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
+from tt_jax import checkpoints, environments, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
 
 
-def make_env(run: dict, *, env_id: str | None = None, goal: Sequence[float] = (), **kwargs) -> gymnasium.Env:
-    """Make the environment of a run's dataset, or `env_id`; in a maze the goal can be fixed at `goal` (x, y)."""
-    spec = env_id or run.get("env_spec")
-    if not spec:
-        raise ValueError("the dataset of this checkpoint names no environment; pass --env=ID.")
-    env = recording.make_env(env_id or gymnasium.envs.registration.EnvSpec.from_json(spec), **kwargs)
+def make_env(
+    run: dict, *, env_id: str | None = None, trust: bool = False, goal: Sequence[float] = (), **kwargs
+) -> gymnasium.Env:
+    """Make the environment of a run's dataset, or `env_id`; in a maze the goal can be fixed at `goal` (x, y).
+
+    An environment without a time limit gets that of the data. Raises environments.Unavailable, or Untrusted unless
+    `trust`, if the data does not bring an environment that can be made here.
+    """
+    if env_id:
+        env = environments.make(env_id, **kwargs)
+    elif run.get("env_spec"):
+        env = environments.make_stored(run["env_spec"], trust=trust, **kwargs)
+    else:
+        raise environments.Unavailable("the dataset names no environment")
+    limit = run.get("max_path_length") or run["data"]["max_path_length"]
+    if limit and (env.spec is None or env.spec.max_episode_steps is None):
+        env = gymnasium.wrappers.TimeLimit(env, limit)
     return rollouts.FixedGoal(env, goal) if goal else env
 
 
@@ -157,10 +167,13 @@ def play(
     return episodes, counts
 
 
-def summarize(episodes: Sequence[rollouts.Episode], dataset=None) -> dict:
-    """List the episodes, and the mean and standard error of each number; what is unknown is None."""
+def summarize(episodes: Sequence[rollouts.Episode], reference: tuple[float, float] | None = None) -> dict:
+    """List the episodes, and the mean and standard error of each number; what is unknown is None.
+
+    `reference` holds the returns with the normalised scores 0 and 100.
+    """
     returns = [episode.total_reward for episode in episodes]
-    scores = rollouts.normalized_scores(returns, dataset) if dataset else None
+    scores = reference and 100 * (np.array(returns) - reference[0]) / (reference[1] - reference[0])
     columns = {
         "return": returns,
         "normalized_score": [None] * len(episodes) if scores is None else scores.tolist(),

@@ -56,31 +56,37 @@ def episode_offsets(terminals, timeouts, *, max_episode_steps: int | None) -> np
     return offsets
 
 
-def read_episodes(path: str, *, max_episode_steps: int | None, goal_maze: bool = False) -> Iterator[EpisodeBuffer]:
+def read_episodes(
+    path: str, *, max_episode_steps: int | None, space: gymnasium.spaces.Dict | None = None
+) -> Iterator[EpisodeBuffer]:
     """Yield the episodes of one file.
 
-    The observation after an episode's last step, which Minari wants, comes from `next_observations`; files without
-    them repeat the last observation. With `goal_maze`, the flat observation of an ant maze is split as its environment
-    has it: `achieved_goal` (x, y), `observation` (the rest) and `desired_goal` (`infos/goal`).
+    The observation after an episode's last step, which Minari wants, comes from `next_observations`. Files without them
+    repeat the last observation at terminals, where nobody needs it; from an episode that was cut short the last step is
+    dropped, as D4RL does. With the observation `space` of a goal maze the flat observation is split as the environment
+    has it into `observation`, `achieved_goal` (x, y) and `desired_goal` (`infos/goal`).
 
-    Raises ValueError if the file lacks a needed array or the arrays differ in length.
+    Raises ValueError if the file lacks a needed array, the arrays differ in length, or it does not fit the `space`.
     """
-    arrays = _read(path, goal_maze=goal_maze)
+    arrays = _read(path, goal_maze=space is not None)
+    goal_parts = _goal_parts(path, arrays, space) if space else None
     terminals, timeouts = arrays["terminals"], arrays.get("timeouts")
     offsets = episode_offsets(terminals, timeouts, max_episode_steps=max_episode_steps)
     for start, stop in itertools.pairwise(offsets):
-        steps = slice(start, stop)
-        last = arrays.get("next_observations", arrays["observations"])[stop - 1 : stop]
-        observations = np.concatenate([arrays["observations"][steps], last])
-        if goal_maze:
-            goals = arrays["infos/goal"][steps]
-            observations = {
-                "achieved_goal": observations[:, :2],
-                "observation": observations[:, 2:],
-                "desired_goal": np.concatenate([goals, goals[-1:]]),
-            }
+        is_cut = not terminals[stop - 1]
         truncations = np.zeros(stop - start, bool)
-        truncations[-1] = not terminals[stop - 1] or (timeouts is not None and timeouts[stop - 1])
+        truncations[-1] = is_cut or (timeouts is not None and timeouts[stop - 1])
+        last = arrays.get("next_observations", arrays["observations"])[stop - 1 : stop]
+        if is_cut and "next_observations" not in arrays:
+            stop, truncations = stop - 1, truncations[1:]
+            if start == stop:
+                continue
+        steps = slice(start, stop)
+        observations = np.concatenate([arrays["observations"][steps], last])
+        if goal_parts:
+            goals = arrays["infos/goal"][steps]
+            observations = {name: observations[:, columns] for name, columns in goal_parts.items()}
+            observations["desired_goal"] = np.concatenate([goals, goals[-1:]])
         yield EpisodeBuffer(
             observations=observations,
             actions=arrays["actions"][steps],
@@ -89,6 +95,26 @@ def read_episodes(path: str, *, max_episode_steps: int | None, goal_maze: bool =
             truncations=truncations,
             infos={},  # Minari cannot print episodes without
         )
+
+
+def _goal_parts(path, arrays, space):
+    """Return the columns of `observation` and `achieved_goal` in a goal maze's flat observations.
+
+    An ant's begin with its position, which its environment reports as `achieved_goal` alone; a point's position stays
+    in the `observation`.
+    """
+    size, goal_size = arrays["observations"].shape[1], space["achieved_goal"].shape[0]
+    observed = space["observation"].shape[0]
+    if arrays["infos/goal"].shape[1:] == space["desired_goal"].shape:
+        if size == observed:
+            return {"observation": slice(None), "achieved_goal": slice(goal_size)}
+        if size == observed + goal_size:
+            return {"observation": slice(goal_size, None), "achieved_goal": slice(goal_size)}
+    raise ValueError(
+        f"{path} has observations of {size} dimensions and goals {arrays['infos/goal'].shape[1:]}, which fit no known "
+        f"layout: {observed} or {observed + goal_size} and {space['desired_goal'].shape} for this environment; choose "
+        "the --env of the data, such as AntMaze_*-v4 or PointMaze_*-v3."
+    )
 
 
 def observation_space(observations) -> gymnasium.Space:
@@ -110,8 +136,8 @@ def _read(path, *, goal_maze):
                 raise ValueError(f"{path} is not in D4RL's layout: {', '.join(missing)} missing among {sorted(file)}.")
             optional = [name for name in ("timeouts", "next_observations") if name in file]
             arrays = {name: file[name][()] for name in needed + optional}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as HDF5: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as HDF5: {error}; copy or download it again.") from error
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1 or not lengths["rewards"]:
         raise ValueError(f"The arrays of {path} must have one length of at least 1, got {lengths}.")

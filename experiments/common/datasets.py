@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import minari
 import ml_collections
 import numpy as np
 from absl import logging
 
 from experiments.common import entry
-from tt_jax import tokenization, trajectories, types
+from tt_jax import minari_files, spaces, tokenization, trajectories, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Dataset:
     tokenizer: tokenization.Discretizer
     train: trajectories.TokenStore
     held_out: trajectories.TokenStore | None  # None: too few episodes
-    env_spec: str | None  # JSON
+    run: dict  # for the checkpoint, see `describe_run`
 
 
 def data_config(settings) -> trajectories.DataConfig:
@@ -29,10 +28,34 @@ def data_config(settings) -> trajectories.DataConfig:
     return entry.to_dataclass(trajectories.DataConfig, {name: settings[name] for name in names & set(settings)})
 
 
-def env_spec(dataset_id: str) -> str | None:
-    """Return the specification of the environment to play in, as JSON: the one for evaluation where there is one."""
-    dataset = minari.load_dataset(dataset_id)
-    return dataset.storage.metadata.get("eval_env_spec") or (dataset.env_spec and dataset.env_spec.to_json())
+def with_keys(dataset_id: str, settings: trajectories.DataConfig, *, download: bool = False) -> trajectories.DataConfig:
+    """Fill in the keys of a Dict observation that none are named of: all of numbers, goals last.
+
+    An `achieved_goal` all of whose columns are in the observation is left out.
+    """
+    storage = minari_files.open_storage(dataset_id, download=download)
+    if settings.observation_keys or not hasattr(storage.observation_space, "keys") or not storage.total_episodes:
+        return settings
+    keys = sorted(spaces.keys(storage.observation_space), key=lambda key: (key.startswith("desired_goal"), key))
+    (episode,) = minari_files.read_episodes(storage, [0])
+    columns = {key: spaces.flatten(spaces.entry(episode["observations"], key)).T for key in keys}
+    others = [
+        column for key in keys if not key.startswith(("achieved_goal", "desired_goal")) for column in columns[key]
+    ]
+
+    def repeats(key):
+        return all(any(np.array_equal(column, other) for other in others) for column in columns[key])
+
+    keys = [key for key in keys if not (key.startswith("achieved_goal") and repeats(key))]
+    logging.info("data.observation_keys are %s", tuple(keys))
+    return dataclasses.replace(settings, observation_keys=tuple(keys))
+
+
+def describe_run(config: ml_collections.ConfigDict, settings: trajectories.DataConfig, *, max_path_length: int) -> dict:
+    """Return what a checkpoint holds of how it was made: the configuration with the keys that were taken, and more."""
+    run = config.to_dict()
+    run["data"]["observation_keys"] = list(settings.observation_keys)
+    return run | {"env_spec": minari_files.evaluation_spec(config.dataset), "max_path_length": max_path_length}
 
 
 def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dataset:
@@ -40,16 +63,20 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
 
     The tokenizer is fitted on all episodes, as the reference does, so every process fits the same.
     """
-    settings = data_config(config.data)
+    settings = with_keys(config.dataset, data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=settings, download=download)
     settings = dataclasses.replace(settings, max_path_length=loaded.max_path_length)
-    values = trajectories.segment(loaded, discount=settings.discount, termination_penalty=settings.termination_penalty)
-    tokenizer = tokenization.fit(
-        values,
-        num_bins=config.data.num_bins,
-        method=config.data.method,
-        distinct_values=config.data.distinct_values,
+    spec = types.TransitionSpec(
+        observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
     )
+    values = trajectories.segment(loaded, discount=settings.discount, termination_penalty=settings.termination_penalty)
+    # Views of `values`, so that the arrays that were read do not stay in memory.
+    loaded = dataclasses.replace(
+        loaded,
+        observations=values[:, : spec.observation_dim],
+        actions=values[:, spec.observation_dim : spec.observation_dim + spec.action_dim],
+    )
+    tokenizer = _fit(loaded, values, config.data)
     tokens = tokenization.encode(tokenizer, values)
     if merged := tokenization.merged_columns(tokens, values):
         logging.warning(
@@ -57,16 +84,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
             "data.distinct_values=True keeps columns of few values apart.",
             merged,
         )
-    spec = types.TransitionSpec(
-        observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
-    )
     train_episodes, held_out_episodes = _split(loaded, config.data.eval_fraction, config.seed)
-
-    def store(episodes):
-        part = trajectories.select(loaded, episodes)
-        rows = np.concatenate([np.arange(loaded.offsets[e], loaded.offsets[e + 1]) for e in episodes])
-        return trajectories.token_store(tokens[rows], part, num_bins=spec.num_bins)
-
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
@@ -75,13 +93,33 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
         spec.transition_dim,
         len(held_out_episodes),
     )
+    store = trajectories.token_store(tokens, loaded, num_bins=spec.num_bins)
     return Dataset(
         spec=spec,
         config=settings,
         tokenizer=tokenizer,
-        train=store(train_episodes),
-        held_out=store(held_out_episodes) if len(held_out_episodes) else None,
-        env_spec=env_spec(config.dataset),
+        train=trajectories.select_tokens(store, train_episodes),
+        held_out=trajectories.select_tokens(store, held_out_episodes) if len(held_out_episodes) else None,
+        run=describe_run(config, settings, max_path_length=settings.max_path_length),
+    )
+
+
+def _fit(loaded, values, settings) -> tokenization.Discretizer:
+    """Fit the tokenizer; a discrete dimension gets one bin for each value of its space."""
+    columns = spaces.join([loaded.observation_columns, loaded.action_columns])
+    known = {int(column): columns.values(column) for column in np.flatnonzero(columns.is_discrete)}
+    largest = max(map(len, known.values()), default=0)
+    if largest > settings.num_bins:
+        raise entry.UsageError(
+            f"a discrete dimension has {largest} values, more than data.num_bins={settings.num_bins}; set "
+            f"--config.data.num_bins={largest}."
+        )
+    return tokenization.fit(
+        values,
+        num_bins=settings.num_bins,
+        method=settings.method,
+        distinct_values=settings.distinct_values,
+        known_values=known,
     )
 
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,9 @@ except ImportError:
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
-ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql")  # a checkpoint is of no use when one of these changes
+# A checkpoint is of no use when one of these changes, but for the free fields.
+ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql", "train.optimizer")
+FREE_FIELDS = ("model.remat",)
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(
@@ -67,8 +70,12 @@ def run(main_fn):
 def _parse_flags(argv):
     def parse():
         try:
-            rest = flags.FLAGS(argv)
+            rest = flags.FLAGS(_with_config(argv))
         except Exception as error:  # a configuration is code: it may raise anything
+            if isinstance(error, AttributeError) and str(error)[:1] in ("'", '"'):  # ml_collections quotes the name
+                suggestion = re.search(r'Did you mean "\w+"', str(error))
+                name, hint = re.search(r"\w+", str(error))[0], f"; {suggestion[0].lower()}?" if suggestion else "."
+                raise UsageError(f"the configuration has no field {name!r}{hint}") from error
             message = str(error).strip().splitlines() or [repr(error)]
             raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
         if rest[1:]:
@@ -77,6 +84,13 @@ def _parse_flags(argv):
     if code := _exit_code(parse):
         sys.exit(code)
     return argv[:1]
+
+
+def _with_config(argv):
+    """Add the command's default configuration file, see `run_flags.config`, if none is given."""
+    default = getattr(flags.FLAGS["config"], "default_file", None) if "config" in flags.FLAGS else None
+    given = any(argument.lstrip("-").split("=")[0] == "config" for argument in argv[1:])
+    return [*argv[:1], f"--config={default}", *argv[1:]] if default and not given else argv
 
 
 def _exit_code(*functions):
@@ -213,7 +227,8 @@ def _check_same_run(old, new, workdir):
     old, new = (traverse_util.flatten_dict(config, sep=".") for config in plain)
     for name in sorted(old.keys() | new.keys()):
         # A field that is newer than the run has its default there.
-        if name in old and name.split(".")[0] in ESSENTIAL_FIELDS and old[name] != new.get(name):
+        is_essential = name not in FREE_FIELDS and f"{name}.".startswith(tuple(f"{each}." for each in ESSENTIAL_FIELDS))
+        if name in old and is_essential and old[name] != new.get(name):
             raise UsageError(
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."

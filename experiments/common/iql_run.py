@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import data_parallel, iql, iql_training, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -23,7 +23,7 @@ def train(config, workdir, *, preemption, download=False):
         )
     if config.data.step != 1:
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
-    data_config = datasets.data_config(config.data)
+    data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=data_config, download=download)
     transitions = trajectories.transitions(loaded)
     settings = dict(config.iql)
@@ -36,8 +36,8 @@ def train(config, workdir, *, preemption, download=False):
         action_dim=loaded.actions.shape[1],
     )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
-    units = iql.fit_units(transitions, config=iql_config)
-    run = config.to_dict() | {"env_spec": datasets.env_spec(config.dataset)}
+    units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
+    run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
 
     def params_fn(params):
         return jax.tree.map(lambda leaf: leaf[0], params) if train_config.num_seeds == 1 else params
@@ -54,7 +54,7 @@ def train(config, workdir, *, preemption, download=False):
         ),
         store=transitions,
         seed=config.seed,
-        evaluate=_make_evaluate(run, data_config, iql_config) if config.eval.num_episodes else None,
+        evaluate=_make_evaluate(run, data_config, iql_config, preemption) if config.eval.num_episodes else None,
         describe=lambda metrics, rate: (
             f"v {metrics['v'][-1].mean():.3g}, value loss {metrics['value_loss'][-1].mean():.3g}, {rate:.3g} updates/s"
         ),
@@ -63,10 +63,19 @@ def train(config, workdir, *, preemption, download=False):
     )
 
 
-def _make_evaluate(run, data_config, iql_config):
-    """Return evaluate(state): the mean return and success of every learner's policy, acting by its mean."""
+def _make_evaluate(run, data_config, iql_config, preemption):
+    """Return evaluate(state): the mean return and success of every learner's policy, acting by its mean.
+
+    None, with a warning, if the data does not bring an environment that can be made here. An environment that fails
+    costs that evaluation; told to stop, evaluate raises entry.Interrupted.
+    """
     num_episodes = run["eval"]["num_episodes"]
-    envs = rollouts.vectorize(functools.partial(control.make_env, run, goal=run["eval"]["goal"]), num_episodes)
+    make_env = functools.partial(control.make_env, run, goal=run["eval"]["goal"])
+    try:
+        envs = rollouts.vectorize(make_env, num_episodes)
+    except environments.Unavailable as error:
+        logging.warning("%s; the policies are not evaluated, as with --config.eval.num_episodes=0.", error)
+        return None
     rollouts.check_spaces(envs, iql_config, config=data_config)
 
     def evaluate(state):
@@ -74,8 +83,15 @@ def _make_evaluate(run, data_config, iql_config):
         found = []
         for learner in range(len(params["actor"]["log_std"])):
             act_fn = control.mean_action_fn(jax.tree.map(lambda leaf: leaf[learner], params))  # noqa: B023
-            policy = rollouts.observation_policy(act_fn)
-            found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
+            policy = _interruptible(rollouts.observation_policy(act_fn), preemption)
+            try:
+                found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
+            except entry.Interrupted:
+                raise
+            except Exception as error:  # an environment is code: it may raise anything
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                logging.warning("the environment failed, and this evaluation with it (%s)", reason)
+                return {}
         returns = [[episode.total_reward for episode in episodes] for episodes in found]
         metrics = {"return": np.mean(returns), "return_std_of_seeds": np.std(np.mean(returns, axis=1))}
         if found[0][0].success is not None:
@@ -83,3 +99,13 @@ def _make_evaluate(run, data_config, iql_config):
         return metrics
 
     return evaluate
+
+
+def _interruptible(policy, preemption):
+    """Let a policy look for signals at every step."""
+
+    def act(episodes):
+        preemption.check("evaluation")
+        return policy(episodes)
+
+    return act

@@ -1,14 +1,11 @@
 """What collecting and importing share: checking a dataset id before the work, writing the dataset after it."""
 
-import contextlib
-import io
 import warnings
 from collections.abc import Iterable
 
 import gymnasium
 import minari
 import numpy as np
-from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import DATASET_ID_RE
 
@@ -23,20 +20,6 @@ def check_id(dataset_id: str, *, overwrite: bool) -> None:
     path = minari.storage.get_dataset_path(dataset_id)
     if path.exists() and not overwrite:
         raise ValueError(f"Dataset {dataset_id} already exists at {path}; pass --overwrite or choose another id.")
-
-
-def make_env(env: str | EnvSpec, **kwargs) -> gymnasium.Env:
-    """Make an environment of gymnasium or, if installed, gymnasium-robotics; an unknown one is a ValueError."""
-    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints news of its hands
-        import gymnasium_robotics
-
-        gymnasium.register_envs(gymnasium_robotics)
-    if isinstance(env, EnvSpec):  # older datasets name ActionRepeat where it was
-        env = EnvSpec.from_json(env.to_json().replace("experiments.action_repeat:", "tt_jax.rollouts:"))
-    try:
-        return gymnasium.make(env, **kwargs)
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"Environment {getattr(env, 'id', env)} cannot be made: {error}") from error
 
 
 def to_buffer(episode: rollouts.Episode) -> EpisodeBuffer:

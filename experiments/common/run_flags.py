@@ -16,8 +16,11 @@ flags.disclaim_key_flags()  # --help lists --config among the flags of the comma
 
 def config(name: str | None = None) -> flags.FlagHolder:
     """Declare --config, by default experiments/configs/`name`.py, and --config.FIELD for each of its fields."""
-    path = name and str(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py")
-    return config_flags.DEFINE_config_file("config", path, "Configuration file, see experiments/configs.")
+    holder = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
+    # `entry` passes the default as if it were given: as a default of the flag it would be read, with the fields on the
+    # command line, when this is imported, where a mistake is a traceback.
+    flags.FLAGS["config"].default_file = name and str(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py")
+    return holder
 
 
 dataset = functools.partial(flags.DEFINE_string, "dataset", None, "Minari dataset id, in place of the configuration's.")

@@ -1,5 +1,6 @@
 """The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -40,7 +41,8 @@ def run(
     `params_fn` makes its parameters of those in the state, which may have further axes of size 1.
 
     `train_fn(state, store, seed, num_steps)`, all replicated over the devices, does so many steps and returns the state
-    and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps;
+    and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps, after the
+    step's checkpoint, and may raise entry.Interrupted when told to stop;
     `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
     second, such as {"tokens": 4096}.
     """
@@ -70,6 +72,9 @@ def run(
             progress.update(call_steps)
             progress.set_postfix_str(describe(call_metrics, rate))
             is_last = step == config.num_steps
+            is_saved = is_last or step % config.checkpoint_every == 0
+            if is_saved:  # before the evaluation, which may take long or fail
+                _save(writer, step, state, model, params_fn)
             if is_last or step % config.log_every == 0:
                 means = {f"train/{name}": np.concatenate([n[name] for n in notes]).mean() for name in notes[0]}
                 speed = (step - log_step) / (time.time() - log_time)
@@ -77,19 +82,23 @@ def run(
                 times = {f"time/{name}_per_second": speed * amount for name, amount in works.items()}
                 found = {}
                 if evaluate and (is_last or step % config.eval_every == 0):
-                    found = {f"eval/{name}": value for name, value in evaluate(state).items()}
+                    with contextlib.suppress(entry.Interrupted):  # what is done then follows
+                        found = {f"eval/{name}": value for name, value in evaluate(state).items()}
                 metrics.write(step, means | times | found)
                 notes, log_time, log_step = [], time.time(), step
-            interrupted = preemption.requested()
-            if is_last or interrupted or step % config.checkpoint_every == 0:
-                host = data_parallel.unreplicate(state)
-                writer.save(step, params=params_fn(host.params), state=_without_params(host), **model)
-            if interrupted and not is_last:
+            if preemption.requested() and not is_last:
+                if not is_saved:
+                    _save(writer, step, state, model, params_fn)
                 writer.wait()
                 raise entry.Interrupted(f"stopped at step {step}, saved in {workdir}; the same command goes on.")
             wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
             call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
         metrics.close()
+
+
+def _save(writer, step, state, model, params_fn):
+    host = data_parallel.unreplicate(state)
+    writer.save(step, params=params_fn(host.params), state=_without_params(host), **model)
 
 
 def place(tree: Any) -> Any:

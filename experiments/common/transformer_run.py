@@ -38,11 +38,12 @@ def train(config, workdir, *, preemption, download=False):
     training_loop.run(
         workdir,
         config=train_config,
+        free_fields=("remat",),
         fresh=jax.jit(init)(jax.random.key(config.seed)),
         model={
             "config": model_config,
             "tokenizer": data.tokenizer,
-            "run": config.to_dict() | {"env_spec": data.env_spec},
+            "run": data.run,
         },
         train_fn=train_fn,
         store=data.train,
