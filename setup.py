@@ -26,7 +26,7 @@ setuptools.setup(
     python_requires=">=3.11",
     packages=["tt_jax"],  # experiments/ runs from a checkout: its name is too common for site-packages
     install_requires=[
-        "jax>=0.10,<0.13",
+        "jax>=0.10.2,<0.13",
         "flax>=0.12.7,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
@@ -45,7 +45,7 @@ setuptools.setup(
         "logging": LOGGING,
         "mctx": MCTX,
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.17,<0.18", *ENVS, *PLOTS, *LOGGING, *MCTX],
-        "cuda": ["jax[cuda13]>=0.10,<0.13"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     },
 )
