@@ -207,7 +207,7 @@ def _dense(config, features):
 
 
 def _by_rows(dense, x):
-    """Apply a dense layer to [..., in] as to one matrix; a train step on CPU with [B, T, in] takes 1.17 times as long."""
+    """Apply a dense layer to [..., in] as to one matrix; with [B, T, in] a train step on CPU takes 17% longer."""
     return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
