@@ -28,6 +28,9 @@ class SearchConfig:
     noise_exponent: float = 1.0  # 0: white noise; the higher, the longer an action stays on one side
 
 
+_DEFAULTS = SearchConfig()
+
+
 def make_shoot_plan_fn(
     *,
     config: transformer.TransformerConfig,
@@ -48,7 +51,7 @@ def make_shoot_plan_fn(
     return plan_fn
 
 
-def make_mppi_plan_fn(*, search_config: SearchConfig = SearchConfig(), **settings) -> Callable[..., types.PlanOutput]:
+def make_mppi_plan_fn(*, search_config: SearchConfig = _DEFAULTS, **settings) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of `action_search.mppi`; `settings` are `make_shoot_plan_fn`'s.
 
     The plan_fn takes one argument more, `initial` [B, H, A]: actions around which the first candidates are drawn, such
@@ -60,7 +63,7 @@ def make_mppi_plan_fn(*, search_config: SearchConfig = SearchConfig(), **setting
     return _make_search_plan_fn(planner, search_config, **settings)
 
 
-def make_cem_plan_fn(*, search_config: SearchConfig = SearchConfig(), **settings) -> Callable[..., types.PlanOutput]:
+def make_cem_plan_fn(*, search_config: SearchConfig = _DEFAULTS, **settings) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of `action_search.cem`; `settings` and `initial` are those of `make_mppi_plan_fn`."""
     planner = functools.partial(action_search.cem, num_elites=search_config.num_elites)
     return _make_search_plan_fn(planner, search_config, **settings)
