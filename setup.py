@@ -12,7 +12,7 @@ README = ROOT / "README.md"
 # gymnasium-robotics 1.4 cannot make its kitchen, Fetch and hand environments with mujoco from 3.12 on.
 ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2", "mujoco>=3.3,<3.12"]
 PLOTS = ["matplotlib>=3.10,<4", "imageio>=2.37,<3"]
-LOGGING = ["tensorboardX>=2.6,<3"]
+LOGGING = ["tensorboardX>=2.6.4,<3"]
 MCTX = ["mctx>=0.0.71,<0.1"]  # tree search
 
 setuptools.setup(
@@ -35,7 +35,7 @@ setuptools.setup(
         "minari[hdf5]>=0.5.3,<0.6",
         "gymnasium>=1.2,<2",
         "absl-py>=2.1,<3",
-        "ml-collections>=1.0,<2",
+        "ml-collections>=1.1,<2",
         "tqdm>=4.66,<5",
     ],
     extras_require={
