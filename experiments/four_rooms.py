@@ -153,7 +153,7 @@ def _describe(episode) -> dict:
 
 def _plan_policy(experiment) -> rollouts.Policy:
     checkpoint, max_batch = checkpoints.restore(experiment.workdir), min(NUM_EPISODES.value, NUM_ENVS)
-    return stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=max_batch, by_likelihood=True)
+    return stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=max_batch, planner="likelihood")
 
 
 def _draw(experiment, played):

@@ -2,9 +2,11 @@
 
 python -m experiments.plan --workdir=DIR --num_episodes=20 --num_envs=10 --seed=0 --out=results.json
 python -m experiments.plan --workdir=DIR --planner=likelihood  # imitation, or with a goal-conditioned run to the goal
+python -m experiments.plan --workdir=DIR --planner=mppi --iql_workdir=DIR --plan.beam_width=64  # or another, see --help
 
 The newest checkpoint in the workdir brings its environment, its observation layout and its planning settings; --env and
---plan.* replace them, e.g. --plan.horizon=15 --plan.beam_width=32.
+--plan.* replace them, e.g. --plan.horizon=15 --plan.beam_width=32. Every planner reads --plan.*, as far as they have a
+part in it; --search.* is for mppi and cem.
 """
 
 import dataclasses
@@ -17,58 +19,25 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import control, datasets, entry, run_flags
-from tt_jax import environments, minari_files, rollouts, sequence_planner, spaces, transformer
+from experiments.common import control, datasets, entry, planners, run_flags
+from tt_jax import action_planner, minari_files, sequence_planner, spaces
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
-IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
+IQL_WORKDIR = run_flags.iql_workdir()
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
 NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
 SEED = run_flags.seed(help="Seed of the planner and of the first episode; each further one adds 1.", upper_bound=2**31)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
 PLANNER = flags.DEFINE_enum(
-    "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
+    "planner", "reward", list(planners.PLANNERS), "How actions are found, see docs/planners.md."
 )
-ENV = flags.DEFINE_string("env", None, "Environment id, or MODULE:ID, in place of the dataset's environment.")
-TRUST = flags.DEFINE_bool(
-    "trust_environment", False, "Run whatever code the dataset names as its environment, not only gymnasium's."
-)
-MAX_EPISODE_STEPS = flags.DEFINE_integer(
-    "max_episode_steps", None, "Cut episodes after so many steps; by default as the environment or the data does.", 1
-)
+ENV, TRUST = run_flags.env(), run_flags.trust_environment()
+MAX_EPISODE_STEPS, GOAL = run_flags.max_episode_steps(), run_flags.goal()
 REFERENCE_MIN = flags.DEFINE_float("reference_min", None, "Return with the normalised score 0; with --reference_max.")
 REFERENCE_MAX = flags.DEFINE_float("reference_max", None, "Return with the normalised score 100.")
-
-
-class _PairParser(flags.ArgumentParser):
-    """Reads 5,4 or (5, 4)."""
-
-    def __init__(self, number_type):
-        self._number_type = number_type
-
-    def parse(self, argument):
-        numbers = argument.strip("()").split(",")
-        if len(numbers) != 2:
-            raise ValueError("two numbers are needed, such as 5,4")
-        return tuple(self._number_type(number) for number in numbers)
-
-
-GOAL = flags.DEFINE(
-    _PairParser(float), "goal", None, "x,y where the goal of a gymnasium-robotics maze stands in every episode."
-)
-
-# One flag per planning setting, by the type of its default. (A config flag would fail on a misspelt one at import.)
-_PARSERS = {
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-    bool: flags.BooleanParser(),
-    tuple: _PairParser(int),
-}
-PLAN = {
-    field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
-    for field in dataclasses.fields(sequence_planner.PlanConfig)
-}
+PLAN = run_flags.fields("plan", sequence_planner.PlanConfig)
+SEARCH = run_flags.fields("search", action_planner.SearchConfig)  # of mppi and cem
 SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
 SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
@@ -81,36 +50,22 @@ def main(_):
             f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
             "the first below the second."
         )
-    checkpoint = control.restore(WORKDIR.value, transformer.TransformerConfig, program="train_tt")
-    run, model = checkpoint.run, checkpoint.config
-    overrides = {name: flag.value for name, flag in PLAN.items() if flag.value is not None}
-    learners = None
-    if IQL_WORKDIR.value:
-        guide = control.restore_iql(IQL_WORKDIR.value, run)
-        learners, overrides = guide.params, {"discount": guide.config.discount} | overrides
-        if overrides["discount"] != guide.config.discount:
-            raise ValueError(
-                f"--plan.discount={overrides['discount']} must be that of the Q-function, {guide.config.discount}."
-            )
-    plan_config = entry.to_dataclass(
-        sequence_planner.PlanConfig, {"discount": run["data"]["discount"]} | run["plan"] | overrides
-    )
+    checkpoint, learners, plan_config = control.restore_planner(WORKDIR.value, IQL_WORKDIR.value, run_flags.given(PLAN))
+    run, model, planner = checkpoint.run, checkpoint.config, PLANNER.value
+    plan_config = planners.PLANNERS[planner].adapt(plan_config)
+    search_config = action_planner.SearchConfig(**run_flags.given(SEARCH))
     data_config = datasets.data_config(run["data"])
     settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
     make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
-    if model.goal_conditioned and PLANNER.value == "reward":
-        raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
-    if learners and PLANNER.value != "reward":
-        raise ValueError("--iql_workdir guides --planner=reward alone.")
-    try:
-        envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
-    except environments.Untrusted as error:
-        raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run it.") from error
-    except environments.Unavailable as error:
-        raise ValueError(f"{error}; pass --env=ID.") from error
-    rollouts.check_spaces(envs, model.spec, config=data_config)
-    if plan_config.num_elites > 1 and not isinstance(envs.single_action_space, gymnasium.spaces.Box):
-        raise ValueError(f"--plan.num_elites={plan_config.num_elites} must be 1: discrete actions have no mean.")
+    num_envs = min(NUM_ENVS.value, NUM_EPISODES.value)
+    envs = control.vectorize(make_env, num_envs, spec=model.spec, config=data_config)
+    planners.check(
+        planner,
+        config=model,
+        plan_config=plan_config,
+        action_space=envs.single_action_space,
+        guided=learners is not None,
+    )
     observation_space = envs.single_observation_space
     has_goal = isinstance(observation_space, gymnasium.spaces.Dict) and "desired_goal" in observation_space.spaces
     goal_dim = spaces.columns(observation_space["desired_goal"]).size if has_goal else 0
@@ -129,7 +84,8 @@ def main(_):
         seed=SEED.value,
         max_batch=envs.num_envs,
         learners=learners,
-        by_likelihood=PLANNER.value == "likelihood",
+        planner=planner,
+        search_config=search_config,
     )
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
@@ -152,6 +108,7 @@ def main(_):
         "settings": {
             **{flag.name: flag.value for flag in SETTINGS},
             "plan": dataclasses.asdict(plan_config),
+            "search": dataclasses.asdict(search_config),
         },
     }
     entry.write_json(out, results)

@@ -15,7 +15,7 @@ from tt_jax import action_planner, action_search, iql, planning, sequence_planne
 
 # Observations and rewards are the likeliest ones, so that actions alone tell what follows; and the window slides.
 PLAN_CONFIG = sequence_planner.PlanConfig(horizon=4, beam_width=6, num_expand=2, window=(3, 2), action_cdf=0.0)
-SEARCH_CONFIG = action_planner.SearchConfig(num_iterations=2, num_elites=3)
+SEARCH_CONFIG = action_planner.SearchConfig(num_iterations=2, elite_share=0.5)
 ACTION_DIMS = slice(SPEC.observation_dim, SPEC.observation_dim + SPEC.action_dim)
 MAKERS = {"mppi": action_planner.make_mppi_plan_fn, "cem": action_planner.make_cem_plan_fn}
 
@@ -107,6 +107,35 @@ def test_cem_starts_from_the_given_plan_and_never_predicts_less(cem_plans):
         tokens = tokenization.encode(params.discretizer, action_search.shift(plans.actions), dims=ACTION_DIMS)
 
 
+def test_an_environment_without_a_last_plan_starts_from_shooting_beside_one_that_has_one(cem_plans):
+    params, (keys, context, observation) = random_params(config=ONE_LAYER), random_roots(size=2, lengths=[1, 2])
+    settings = {"config": ONE_LAYER, "plan_config": PLAN_CONFIG}
+    start_keys = jax.vmap(jax.random.split)(keys)[:, 0]
+    shot = jax.jit(action_planner.make_shoot_plan_fn(**settings))(params, start_keys, context, observation).actions
+    last = jnp.zeros_like(shot)
+    plans = cem_plans(params, keys, context, observation, last.at[0].set(jnp.nan))
+    expected = cem_plans(params, keys, context, observation, jnp.stack([shot[0], last[1]]))
+    chex.assert_trees_all_equal(plans, expected)
+    from_last = cem_plans(params, keys, context, observation, last)
+    assert (from_last.scores[0] != plans.scores[0]).any()
+
+
+def test_predictions_of_given_plans_are_those_of_uncached_passes(cem_plans):
+    params, roots = random_params(config=ONE_LAYER), random_roots(size=2, lengths=[1, 2])
+    plans = cem_plans(params, *roots, jnp.zeros([2, 4, SPEC.action_dim]))
+    steps = jax.jit(action_planner.make_predict_fn(config=ONE_LAYER, plan_config=PLAN_CONFIG))(
+        params, *roots, plans.actions
+    )
+    tokens, scores = plain_scores(plans.tokens, params, roots)
+    np.testing.assert_array_equal(steps.tokens, tokens)
+    powers = PLAN_CONFIG.discount ** np.arange(PLAN_CONFIG.horizon)
+    rewards, values = np.asarray(steps.reward), np.asarray(steps.value)
+    got = np.sum(powers * rewards, axis=1) + PLAN_CONFIG.discount * powers[-1] * values[:, -1]
+    np.testing.assert_allclose(got, scores, rtol=1e-5, atol=2e-4)
+    observations = tokenization.decode(params.discretizer, tokens[..., : SPEC.observation_dim], dims=slice(3))
+    np.testing.assert_allclose(steps.observation, observations, rtol=1e-6)
+
+
 def test_the_plan_of_an_environment_does_not_depend_on_its_neighbours(cem_plans):
     params = random_params(config=ONE_LAYER)
     (keys, context, observation), initial = random_roots(size=2, lengths=[1, 2]), jnp.zeros([2, 4, SPEC.action_dim])
@@ -163,10 +192,3 @@ def test_what_does_not_suit_the_model_is_refused():
     with pytest.raises(ValueError, match=r"initial has shape \(1, 3, 2\), expected \(1, 4, 2\)"):
         short = jnp.zeros([1, 3, SPEC.action_dim])
         jax.eval_shape(plan_fn, random_params(config=ONE_LAYER), *random_roots(size=1, lengths=[1]), short)
-    with pytest.raises(ValueError, match="num_elites=16 must be between 1 and num_candidates=6"):
-        jax.eval_shape(
-            plan_fn,
-            random_params(config=ONE_LAYER),
-            *random_roots(size=1, lengths=[1]),
-            jnp.zeros([1, 4, SPEC.action_dim]),
-        )

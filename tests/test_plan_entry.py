@@ -104,6 +104,24 @@ def test_imitation_plays_the_most_likely_actions(plan, trained, planned):
     assert again["episodes"] == results["episodes"]  # nothing is drawn
 
 
+@pytest.mark.parametrize("name", ["shoot", "mppi", "cem", "tree", "sample", "median", "greedy"])
+def test_every_planner_plays_in_its_own_way(plan, trained, name):
+    few = ["--num_episodes=2", "--max_episode_steps=3", f"--planner={name}", "--plan.num_expand=2"]
+    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, *few, "--search.num_iterations=2")
+    assert [episode["length"] for episode in results["episodes"]] == [3, 3]
+    assert np.isfinite([episode["return"] for episode in results["episodes"]]).all()
+    settings = results["settings"]
+    assert (settings["planner"], settings["search"]["num_iterations"]) == (name, 2)
+    without_search = {"horizon": 1, "beam_width": 1, "num_expand": 1, "action_cdf": 0.0}
+    as_given = {"horizon": 2, "beam_width": 3, "num_expand": 2, "action_cdf": 0.6}
+    expected = without_search if name in ("sample", "median", "greedy") else as_given
+    assert {field: settings["plan"][field] for field in expected} == expected
+    if name == "greedy":
+        by_hand = ["--plan.horizon=1", "--plan.beam_width=1", "--plan.action_top_k=1"]
+        again, _ = run_plan(plan, f"--workdir={trained}", *SMALL, *few, *by_hand, "--planner=reward")
+        assert again["episodes"] == results["episodes"]
+
+
 @pytest.fixture(scope="module")
 def trained_with_goals(train, tmp_path_factory):
     """Return workdirs of short runs whose observations are position and velocity, and these and the goal."""
@@ -140,6 +158,8 @@ def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with
     "arguments, message",
     [
         (["--planner=likely"], "--planner=likely"),
+        (["--planner=tree", "--plan.unlikely_share=0.5"], "a tree search cannot leave out candidates"),
+        (["--planner=mppi", "--search.temperature=0"], "temperature=0.0 must be positive"),
         (["--plan.horizn=3"], "Unknown command line flag 'plan.horizn'. Did you mean: plan.horizon ?"),
         (["--plan.horizon=0"], "horizon=0 must be at least 1"),
         (["--plan.horizon=x"], "--plan.horizon=x"),

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +21,7 @@ class SearchConfig:
     """Static settings of MPPI and CEM."""
 
     num_iterations: int = 4  # of drawing beam_width candidates
-    num_elites: int = 16  # best candidates, to which CEM fits the next ones
+    elite_share: float = 0.125  # of the candidates, the best, to which CEM fits the next ones; at least one
     temperature: float = 1.0  # of MPPI's weights, in units of the score
     noise_scale: float = 0.5  # of the first candidates, in standard deviations of the bins
     noise_exponent: float = 1.0  # 0: white noise; the higher, the longer an action stays on one side
@@ -32,18 +31,14 @@ _DEFAULTS = SearchConfig()
 
 
 def make_shoot_plan_fn(
-    *,
-    config: transformer.TransformerConfig,
-    plan_config: sequence_planner.PlanConfig,
-    score_fn: Callable[..., chex.Array] | None = None,
-    reward_fn: Callable[..., chex.Array] | None = None,
-    draw_fn: Callable[..., chex.Array] | None = None,
+    *, config: transformer.TransformerConfig, plan_config: sequence_planner.PlanConfig, **functions
 ) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of `planning.shoot`: the best of W sampled plans, or the mean of the `num_elites` best.
 
-    Raises ValueError as `sequence_planner.make_plan_fn`, whose arguments it takes.
+    `functions` are the `score_fn`, `reward_fn` and `draw_fn` of `sequence_planner.make_plan_fn`, which tells what
+    raises ValueError.
     """
-    model = _make_model(config, plan_config, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
+    model = _make_model(config, plan_config, **functions)
 
     def plan_fn(params, rng_key, context, observation):
         return _shoot(params, rng_key, model.root(params, context, observation), model)
@@ -55,8 +50,9 @@ def make_mppi_plan_fn(*, search_config: SearchConfig = _DEFAULTS, **settings) ->
     """Return the plan_fn of `action_search.mppi`; `settings` are `make_shoot_plan_fn`'s.
 
     The plan_fn takes one argument more, `initial` [B, H, A]: actions around which the first candidates are drawn, such
-    as the last plan after `action_search.shift`. By default it is the plan that `make_shoot_plan_fn` finds. Noise is
-    measured in standard deviations of the bins of each dimension, and the plan's actions are values of bins.
+    as the last plan after `action_search.shift`. By default, and for an environment whose actions there are NaN, it is
+    the plan that `make_shoot_plan_fn` finds; that costs nothing where no environment needs it. Noise is measured in
+    standard deviations of the bins of each dimension, and the plan's actions are values of bins.
     Raises ValueError for an `initial` of another shape, and for what the planner refuses.
     """
     planner = functools.partial(action_search.mppi, temperature=search_config.temperature)
@@ -65,8 +61,42 @@ def make_mppi_plan_fn(*, search_config: SearchConfig = _DEFAULTS, **settings) ->
 
 def make_cem_plan_fn(*, search_config: SearchConfig = _DEFAULTS, **settings) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of `action_search.cem`; `settings` and `initial` are those of `make_mppi_plan_fn`."""
-    planner = functools.partial(action_search.cem, num_elites=search_config.num_elites)
+    num_elites = max(1, round(search_config.elite_share * settings["plan_config"].beam_width))
+    planner = functools.partial(action_search.cem, num_elites=num_elites)
     return _make_search_plan_fn(planner, search_config, **settings)
+
+
+def make_predict_fn(
+    *, config: transformer.TransformerConfig, plan_config: sequence_planner.PlanConfig
+) -> Callable[..., types.Proposal]:
+    """Return predict_fn(params, rng_key [B], context, observation [B, N], actions [B, H, A]) -> what the model expects.
+
+    The Proposal has a leaf for each step of the given plans, [B, H, ...] in place of [B, W, K, ...]: the observation
+    before the action, reward and value as the settings estimate them, the log-probability of the action, and whether
+    the episode ends; what follows an end means nothing. Observations are drawn as `plan_config` says.
+    """
+    model = _make_model(config, dataclasses.replace(plan_config, beam_width=1, num_elites=1))
+
+    def predict_fn(params, rng_key, context, observation, actions):
+        given = _encode_actions(params, actions, config.spec)[:, None]  # [B, 1, H, A]
+        itself = jnp.zeros([len(actions), 1], jnp.int32)
+
+        def predict(state, step):
+            action = jax.lax.dynamic_index_in_dim(given, step, axis=2, keepdims=False)
+            proposal, pending = model.propose(params, rng_key, state, step, action=action)
+            observed = proposal.replace(observation=proposal.observation[:, :, None])
+            state = model.advance(params, rng_key, state, pending, itself, itself, step)
+            return state, jax.tree.map(lambda leaf: leaf[:, 0, 0], observed)
+
+        _, steps = jax.lax.scan(predict, model.root(params, context, observation), jnp.arange(plan_config.horizon))
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), steps)
+
+    return predict_fn
+
+
+def _encode_actions(params, actions, spec):
+    dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
+    return tokenization.encode(params.discretizer, actions, dims=dims)
 
 
 def _make_model(config, plan_config, **functions):
@@ -89,24 +119,24 @@ def _shoot(params, rng_key, root, model):
     )
 
 
-def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_fn=None, reward_fn=None, draw_fn=None):
-    model = _make_model(config, plan_config, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
+def _make_search_plan_fn(planner, search_config, *, config, plan_config, **functions):
+    model = _make_model(config, plan_config, **functions)
     spec = config.spec
     dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
 
     def evaluate_fn(params, rng_key, root, actions):
-        functions = model.functions()
-        given = tokenization.encode(params.discretizer, actions, dims=dims)  # [B, W, H, A]
+        of_model = model.functions()
+        given = _encode_actions(params, actions, spec)  # [B, W, H, A]
 
         def propose(params, rng_key, state, step):
             action = jax.lax.dynamic_index_in_dim(given, step, axis=2, keepdims=False)
-            return functions["propose_fn"](params, rng_key, state, step, action=action)
+            return of_model["propose_fn"](params, rng_key, state, step, action=action)
 
         scores, _, tokens = planning.sample_plans(
             params,
             rng_key,
             root,
-            **functions | {"propose_fn": propose},
+            **of_model | {"propose_fn": propose},
             horizon=plan_config.horizon,
             num_plans=plan_config.beam_width,
             discount=plan_config.discount,
@@ -116,11 +146,17 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
     def plan_fn(params, rng_key, context, observation, initial=None):
         root = model.root(params, context, observation)
         start_key, search_key = jnp.moveaxis(jax.vmap(jax.random.split)(rng_key), 1, 0)
-        if initial is None:
-            initial = _shoot(params, start_key, root, model).actions
         expected = (len(rng_key), plan_config.horizon, spec.action_dim)
+        if initial is None:
+            initial = jnp.full(expected, jnp.nan, jnp.float32)
         if initial.shape != expected:
             raise ValueError(f"initial has shape {initial.shape}, expected {expected}: a plan for each environment.")
+        is_missing = jnp.isnan(initial)
+        initial = jax.lax.cond(
+            jnp.any(is_missing),
+            lambda: jnp.where(is_missing, _shoot(params, start_key, root, model).actions, initial),
+            lambda: initial,
+        )
         centers = jnp.asarray(params.discretizer.centers, jnp.float32)[dims]  # [A, V]
         is_distinct = jnp.diff(centers, axis=1, prepend=-jnp.inf) > 0  # bins left over repeat the last one
         std = search_config.noise_scale * jnp.std(centers, axis=1, where=is_distinct)
@@ -136,8 +172,8 @@ def _make_search_plan_fn(planner, search_config, *, config, plan_config, score_f
             num_iterations=search_config.num_iterations,
             noise_exponent=search_config.noise_exponent,
         )
-        actions = tokenization.encode(params.discretizer, plan.actions, dims=dims)
-        actions = tokenization.decode(params.discretizer, actions, dims=dims)  # as the model has read them
+        tokens = _encode_actions(params, plan.actions, spec)
+        actions = tokenization.decode(params.discretizer, tokens, dims=dims)  # as the model has read them
         return plan.replace(action=actions[:, 0], actions=actions)
 
     return plan_fn

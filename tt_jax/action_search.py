@@ -38,18 +38,16 @@ def mppi(
     std: chex.Array,
     bounds: tuple[chex.Numeric, chex.Numeric],
     *,
-    evaluate_fn: Callable[..., tuple[chex.Array, chex.Array]],
-    num_candidates: int,
-    num_iterations: int,
     temperature: float,
-    noise_exponent: float = 0.0,
+    **settings,
 ) -> types.PlanOutput:
     """Plan by model predictive path integral control (Williams et al. 2017, Information Theoretic MPC).
 
     The mean moves to the candidates' mean under weights exp(score / temperature), and is the plan in the end; `std`
     stays. The paper's own cost of leaving the mean is left out. The temperature is in the scores' units.
 
-    `rng_key` [B]; `mean` and `std` [B, H, A]; `bounds` are the least and the greatest action, each a number or [A]. One
+    `rng_key` [B]; `mean` and `std` [B, H, A]; `bounds` are the least and the greatest action, each a number or [A]. The
+    settings are `evaluate_fn`, `num_candidates`, `num_iterations`, and the noise's `noise_exponent`, by default 0. One
     candidate is the mean itself; the others differ from it by noise as `colored_noise` makes it, and are clipped to the
     bounds. The plan's tokens are the best candidate's, its scores [B, W] the last candidates', descending.
     Raises ValueError for fewer than 2 candidates or 1 iteration, or a temperature that is not positive.
@@ -61,20 +59,7 @@ def mppi(
         is_any = jnp.any(jnp.isfinite(scores), axis=-1, keepdims=True)
         return jax.nn.softmax(jnp.where(is_any, scores, 0.0) / temperature, axis=-1)
 
-    found = _search(
-        params,
-        rng_key,
-        root,
-        mean,
-        std,
-        bounds,
-        evaluate_fn=evaluate_fn,
-        weigh_fn=weigh,
-        refit=False,
-        num_candidates=num_candidates,
-        num_iterations=num_iterations,
-        noise_exponent=noise_exponent,
-    )
+    found = _search(params, rng_key, root, mean, std, bounds, weigh_fn=weigh, refit=False, **settings)
     return _output(found.mean, found)
 
 
@@ -86,11 +71,9 @@ def cem(
     std: chex.Array,
     bounds: tuple[chex.Numeric, chex.Numeric],
     *,
-    evaluate_fn: Callable[..., tuple[chex.Array, chex.Array]],
     num_candidates: int,
-    num_iterations: int,
     num_elites: int,
-    noise_exponent: float = 0.0,
+    **settings,
 ) -> types.PlanOutput:
     """Plan by the cross-entropy method (Rubinstein 1999; for control Pinneri et al. 2020, iCEM, arXiv 2008.06389).
 
@@ -109,20 +92,8 @@ def cem(
         weights = jax.vmap(lambda row, i, elite: row.at[i].set(elite))(jnp.zeros_like(scores), index, is_elite)
         return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
-    found = _search(
-        params,
-        rng_key,
-        root,
-        mean,
-        std,
-        bounds,
-        evaluate_fn=evaluate_fn,
-        weigh_fn=weigh,
-        refit=True,
-        num_candidates=num_candidates,
-        num_iterations=num_iterations,
-        noise_exponent=noise_exponent,
-    )
+    settings |= {"num_candidates": num_candidates}
+    found = _search(params, rng_key, root, mean, std, bounds, weigh_fn=weigh, refit=True, **settings)
     return _output(found.best, found)
 
 
@@ -152,12 +123,12 @@ def _search(
     std,
     bounds,
     *,
-    evaluate_fn,
-    weigh_fn,
-    refit,
-    num_candidates,
-    num_iterations,
-    noise_exponent,
+    evaluate_fn: Callable[..., tuple[chex.Array, chex.Array]],
+    weigh_fn: Callable[[chex.Array], chex.Array],
+    refit: bool,
+    num_candidates: int,
+    num_iterations: int,
+    noise_exponent: float = 0.0,
 ):
     """Move the distribution to the candidates' mean, and with `refit` its width to theirs, under weights [B, W]."""
     if num_candidates < 2 or num_iterations < 1:

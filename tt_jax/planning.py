@@ -213,33 +213,20 @@ def shoot(
     rng_key: chex.PRNGKey,
     root: Any,
     *,
-    propose_fn: Callable[..., tuple[types.Proposal, Any]],
-    advance_fn: Callable[..., Any],
-    score_fn: Callable[..., chex.Array] | None = None,
-    horizon: int,
     num_plans: int,
-    discount: float,
     num_elites: int = 1,
+    **settings,
 ) -> types.PlanOutput:
     """Sample W = `num_plans` plans from the model and return the best, or the mean of the `num_elites` best.
 
     Random shooting (Nagabandi et al. 2018, arXiv 1708.02596) that draws the model's own actions instead of uniform
-    ones: `beam_plan` with one candidate per beam, which drops none and picks at the end.
+    ones: `beam_plan` with one candidate per beam, which drops none and picks at the end. The model's functions and the
+    other settings are those of `sample_plans`.
     Raises ValueError for a number below 1, or more elites than plans.
     """
     if not 1 <= num_elites <= num_plans:
         raise ValueError(f"num_elites={num_elites} must be between 1 and num_plans={num_plans}.")
-    scores, actions, tokens = sample_plans(
-        params,
-        rng_key,
-        root,
-        propose_fn=propose_fn,
-        advance_fn=advance_fn,
-        score_fn=score_fn,
-        horizon=horizon,
-        num_plans=num_plans,
-        discount=discount,
-    )
+    scores, actions, tokens = sample_plans(params, rng_key, root, num_plans=num_plans, **settings)
     scores, order = jax.lax.top_k(scores, num_plans)
     elites = order[:, :num_elites]
     is_plan = jnp.isfinite(scores[:, :num_elites, None, None]).at[:, 0].set(True)

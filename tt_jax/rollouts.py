@@ -3,7 +3,8 @@
 A policy is a plain function of running episodes, so that a planner, a scripted controller and random actions share one
 loop: `policy(episodes) -> actions [b, n, A]`, the next n >= 1 actions of each of the b episodes. They are executed one
 by one, and an episode is handed to the policy again once its actions are used up. A policy keeps no state: what it
-wants to know of the past is in `Episode`, and what it draws comes from the episode's seed and length.
+wants to know of the past is in `Episode`, where it may note something for the next time, and what it draws comes from
+the episode's seed and length.
 """
 
 import collections
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tt_jax import iql, spaces, tokenization, trajectories, types
+from tt_jax import action_search, iql, spaces, tokenization, trajectories, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Episode:
     rewards: list[float] = dataclasses.field(default_factory=list)  # length times float64
     successes: list[bool] = dataclasses.field(default_factory=list)  # per step; empty without success information
     terminated: bool = False  # False also for an episode that was cut off
+    notes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the policy's own
 
     @property
     def length(self) -> int:
@@ -137,6 +139,7 @@ def plan_policy(
     replan_every: int,
     max_batch: int,
     goal_fn: Callable[[Episode], np.ndarray] | None = None,
+    initial_shape: tuple[int, int] | None = None,
 ) -> Policy:
     """Make a policy that executes the first `replan_every` actions of each plan of `plan_fn` (best given jitted).
 
@@ -144,8 +147,12 @@ def plan_policy(
     number of environments), so that few programs are compiled and the last episodes do not pay for a full batch. The
     key of a plan comes from `rng_key`, the seed of the episode and its length, so a plan does not depend on its
     neighbours, up to the rounding of `plan_fn` at different batch sizes. For a goal-conditioned model `goal_fn` gives
-    the goal [N] of an episode, which enters the planner's parameters.
+    the goal [N] of an episode, which enters the planner's parameters. With `initial_shape`, the (H, A) of its plans,
+    `plan_fn` gets the last plan of each episode as one argument more, [B, H, A], moved on by the executed actions with
+    `action_search.shift`, and NaN where there is none.
     """
+
+    no_plan = np.full(initial_shape or (), np.nan, np.float32)
 
     def policy(episodes: Sequence[Episode]) -> np.ndarray:
         batch = _pad(episodes, max_batch)
@@ -155,9 +162,15 @@ def plan_policy(
         with_goals = params
         if goal_fn:
             with_goals = params.replace(goal=np.stack([goal_fn(episode) for episode in batch]).astype(np.float32))
-        actions = np.asarray(plan_fn(with_goals, keys, context, observation).actions)
+        arguments = (with_goals, keys, context, observation)
+        if initial_shape:
+            arguments += (np.stack([episode.notes.get("plan", no_plan) for episode in batch]),)
+        actions = np.asarray(plan_fn(*arguments).actions)
         if actions.shape[1] < replan_every:
             raise ValueError(f"replan_every={replan_every} needs plans of that length, got {actions.shape[1]} steps.")
+        if initial_shape:
+            for episode, rest in zip(episodes, action_search.shift(actions, by=replan_every), strict=False):
+                episode.notes["plan"] = np.asarray(rest)
         return actions[: len(episodes), :replan_every]
 
     return policy

@@ -23,12 +23,7 @@ class _State(NamedTuple):
 
 
 def make_tree_plan_fn(
-    *,
-    config: transformer.TransformerConfig,
-    plan_config: sequence_planner.PlanConfig,
-    score_fn: Callable[..., chex.Array] | None = None,
-    reward_fn: Callable[..., chex.Array] | None = None,
-    draw_fn: Callable[..., chex.Array] | None = None,
+    *, config: transformer.TransformerConfig, plan_config: sequence_planner.PlanConfig, **functions
 ) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of `tree_search.tree_search`: plan_fn(params, rng_key [B], context, observation [B, N]).
 
@@ -46,14 +41,14 @@ def make_tree_plan_fn(
     plan_config = dataclasses.replace(plan_config, window=(num_slots + 1, num_slots))
     one_beam = dataclasses.replace(plan_config, beam_width=1, num_elites=1)
     window_config = sequence_planner.make_window_config(config, one_beam, num_transitions=2)
-    model = sequence_planner.Model(window_config, one_beam, score_fn=score_fn, reward_fn=reward_fn, draw_fn=draw_fn)
-    functions = model.functions(score_fn=model.score_fn)
+    model = sequence_planner.Model(window_config, one_beam, **functions)
+    searched = model.functions(score_fn=model.score_fn)
 
     def propose(params, rng_key, state, step):
         reading = state.reading
         if reading is None:
             reading = model.read(params, state.context, state.observed)
-        proposal, pending = functions["propose_fn"](params, rng_key, reading, step)
+        proposal, pending = searched["propose_fn"](params, rng_key, reading, step)
         return proposal, pending.tokens
 
     def advance(params, rng_key, state, candidates, beam, expansion, step):
@@ -79,7 +74,7 @@ def make_tree_plan_fn(
             _State(context=context.replace(tokens=rows), observed=observed),
             propose_fn=propose,
             advance_fn=advance,
-            score_fn=functions["score_fn"],
+            score_fn=searched["score_fn"],
             embed_fn=lambda state: _State(context=state.context, observed=None),
             horizon=plan_config.horizon,
             num_simulations=plan_config.beam_width,

@@ -10,7 +10,20 @@ import jax
 import numpy as np
 import tqdm
 
-from tt_jax import checkpoints, environments, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
+from experiments.common import entry, planners
+from tt_jax import (
+    action_planner,
+    checkpoints,
+    environments,
+    iql,
+    rollouts,
+    sequence_planner,
+    trajectories,
+    transformer,
+    types,
+)
+
+_SEARCH_DEFAULTS = action_planner.SearchConfig()
 
 
 def make_env(
@@ -68,6 +81,46 @@ def stack_learners(params: types.Params) -> types.Params:
     return params if params["actor"]["log_std"].ndim == 2 else jax.tree.map(lambda leaf: leaf[None], params)
 
 
+def restore_planner(
+    workdir: str, iql_workdir: str | None, overrides: dict
+) -> tuple[checkpoints.Checkpoint, types.Params | None, sequence_planner.PlanConfig]:
+    """Read a run of train_tt and, if `iql_workdir` is given, the learners whose Q is to guide its plans.
+
+    The settings of planning are those of the run with `overrides`; the discount is that of Q, or of the data. Raises
+    ValueError if these do not suit each other.
+    """
+    checkpoint = restore(workdir, transformer.TransformerConfig, program="train_tt")
+    run, learners = checkpoint.run, None
+    settings = {"discount": run["data"]["discount"]} | run["plan"]
+    if iql_workdir:
+        guide = restore_iql(iql_workdir, run)
+        learners = guide.params
+        settings |= {"discount": guide.config.discount}
+        if overrides.get("discount", guide.config.discount) != guide.config.discount:
+            raise ValueError(
+                f"--plan.discount={overrides['discount']} must be that of the Q-function, {guide.config.discount}."
+            )
+    return checkpoint, learners, entry.to_dataclass(sequence_planner.PlanConfig, settings | overrides)
+
+
+def vectorize(
+    make_env: Callable[[], gymnasium.Env],
+    num_envs: int,
+    *,
+    spec: types.TransitionSpec | iql.IQLConfig,
+    config: trajectories.DataConfig,
+) -> gymnasium.vector.VectorEnv:
+    """Put environments in step; raises ValueError, naming the flags that help, if they cannot be made or do not fit."""
+    try:
+        envs = rollouts.vectorize(make_env, num_envs)
+    except environments.Untrusted as error:
+        raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run it.") from error
+    except environments.Unavailable as error:
+        raise ValueError(f"{error}; pass --env=ID.") from error
+    rollouts.check_spaces(envs, spec, config=config)
+    return envs
+
+
 def plan_policy(
     checkpoint: checkpoints.Checkpoint,
     plan_config: sequence_planner.PlanConfig,
@@ -75,17 +128,20 @@ def plan_policy(
     seed: int,
     max_batch: int,
     learners: types.Params | None = None,
-    by_likelihood: bool = False,
+    planner: str = "reward",
+    search_config: action_planner.SearchConfig = _SEARCH_DEFAULTS,
     on_plan: Callable[[types.PlanOutput], None] = lambda output: None,
 ) -> rollouts.Policy:
     """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
 
-    `by_likelihood` it imitates, or goes to the goal that the environment set if the model was trained with goals.
+    `planner` is one of `planners.PLANNERS`, to which `plan_config` is adapted. "likelihood" imitates, or goes to the
+    goal that the environment set if the model was trained with goals; "mppi" and "cem" start from the last plan.
     `on_plan` sees what each call of the planner returns.
     """
-    make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
-    guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
-    plan_fn = jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+    model = checkpoint.config
+    plan_config = planners.PLANNERS[planner].adapt(plan_config)
+    settings = {"config": model, "plan_config": plan_config, "search_config": search_config}
+    plan_fn = jax.jit(planners.make_plan_fn(planner, guided=learners is not None, **settings))
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)
@@ -100,11 +156,12 @@ def plan_policy(
         jax.device_put(params),
         jax.random.key(seed),
         discretizer=checkpoint.tokenizer,
-        spec=checkpoint.config.spec,
+        spec=model.spec,
         context_transitions=plan_config.context_transitions,
         replan_every=plan_config.replan_every,
         max_batch=max_batch,
-        goal_fn=rollouts.rest_in_goal if checkpoint.config.goal_conditioned else None,
+        goal_fn=rollouts.rest_in_goal if model.goal_conditioned else None,
+        initial_shape=(plan_config.horizon, model.spec.action_dim) if planners.PLANNERS[planner].refines else None,
     )
 
 

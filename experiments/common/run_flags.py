@@ -5,6 +5,7 @@
 Commands hand the values on as plain arguments; nothing else in this folder reads these flags.
 """
 
+import dataclasses
 import functools
 import pathlib
 
@@ -12,6 +13,27 @@ from absl import flags
 from ml_collections import config_flags
 
 flags.disclaim_key_flags()  # --help lists --config among the flags of the command, as it does the others
+
+
+class _PairParser(flags.ArgumentParser):
+    """Reads 5,4 or (5, 4)."""
+
+    def __init__(self, number_type):
+        self._number_type = number_type
+
+    def parse(self, argument):
+        numbers = argument.strip("()").split(",")
+        if len(numbers) != 2:
+            raise ValueError("two numbers are needed, such as 5,4")
+        return tuple(self._number_type(number) for number in numbers)
+
+
+_PARSERS = {
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    bool: flags.BooleanParser(),
+    tuple: _PairParser(int),
+}
 
 
 def config(name: str | None = None) -> flags.FlagHolder:
@@ -45,3 +67,45 @@ num_episodes = functools.partial(
 num_envs = functools.partial(
     flags.DEFINE_integer, "num_envs", help="Environments that are played in step.", lower_bound=1
 )
+iql_workdir = functools.partial(
+    flags.DEFINE_string, "iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans."
+)
+env = functools.partial(
+    flags.DEFINE_string, "env", None, "Environment id, or MODULE:ID, in place of the dataset's environment."
+)
+trust_environment = functools.partial(
+    flags.DEFINE_bool,
+    "trust_environment",
+    False,
+    "Run whatever code the dataset names as its environment, not only gymnasium's.",
+)
+max_episode_steps = functools.partial(
+    flags.DEFINE_integer,
+    "max_episode_steps",
+    None,
+    "Cut episodes after so many steps; by default as the environment or the data does.",
+    1,
+)
+goal = functools.partial(
+    flags.DEFINE,
+    _PairParser(float),
+    "goal",
+    None,
+    "x,y where the goal of a gymnasium-robotics maze stands in every episode.",
+)
+
+
+def fields(prefix: str, record: type) -> dict[str, flags.FlagHolder]:
+    """Declare --`prefix`.FIELD for each field of a dataclass; None means that it is not given.
+
+    The types are those of the defaults. (A config flag would fail on a misspelt one at import.)
+    """
+    return {
+        field.name: flags.DEFINE(_PARSERS[type(field.default)], f"{prefix}.{field.name}", None, "Replaces a setting.")
+        for field in dataclasses.fields(record)
+    }
+
+
+def given(holders: dict[str, flags.FlagHolder]) -> dict:
+    """Return the values of those of `fields` that are on the command line."""
+    return {name: holder.value for name, holder in holders.items() if holder.value is not None}
