@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
+from experiments.common import memory
 from tt_jax import checkpoints, environments, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
 
 
@@ -85,7 +86,13 @@ def plan_policy(
     """
     make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
     guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
-    plan_fn = jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+    plan_fn = memory.guarded(
+        jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance)),
+        f"a plan with beam_width={plan_config.beam_width}, num_expand={plan_config.num_expand}, horizon="
+        f"{plan_config.horizon} and window={plan_config.window} of {checkpoint.config.spec.transition_dim} tokens in "
+        f"{max_batch} environments",
+        "lower --num_envs or --plan.beam_width, num_expand, window or horizon",
+    )
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)
