@@ -33,7 +33,7 @@ def main(_):
     found |= {"action_space": str(storage.action_space), "environment": loaded.env_id}
     for name, value in found.items():
         if name != "suggestions":
-            print(f"{name:<22}{_as_text(value)}")
+            print(f"{name:<25}{_as_text(value)}")
     for setting, reason in found["suggestions"].items():
         print(f"suggested: --config.{setting}  # {reason}")
     if OUT.value:

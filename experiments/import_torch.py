@@ -3,9 +3,10 @@
 python -m experiments.import_torch --state_dict=state_50.pt --dataset=d4rl/hopper/medium-v2 \
     --config=experiments/configs/locomotion.py:hopper-medium --workdir=DIR
 
-The file's shapes tell layers, width, bins and window, which replace the configuration's. The discretizer is not in the
-file: it is fitted again, so dataset and data settings must be those that the model was trained with. This needs torch,
-which nothing else here does.
+A TrajectoryTransformerModel of the transformers library is read alike (its pytorch_model.bin). The file's shapes tell
+layers, width, bins and window, which replace the configuration's. The discretizer is not in the file: it is fitted
+again, so dataset and data settings must be those that the model was trained with. This needs torch, which nothing else
+here does.
 """
 
 import pickle
@@ -72,7 +73,9 @@ def _load(path) -> dict[str, np.ndarray]:
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise entry.UsageError(f"--state_dict={path} cannot be read: {reason}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in loaded.items()
+    ):
         raise entry.UsageError(f"--state_dict={path} must hold a state_dict: tensors by name.")
     return {name: value.float().numpy() for name, value in loaded.items()}
 

@@ -89,7 +89,7 @@ def test_ant_maze_observations_are_split_as_in_the_environment(tmp_path):
         np.concatenate([parts["achieved_goal"], parts["observation"]], axis=1)[:-1], data["observations"]
     )
     np.testing.assert_array_equal(parts["desired_goal"], np.ones((5, 2)))
-    assert {key: space.shape for key, space in d4rl.observation_space(parts).items()} == {
+    assert {key: space.shape for key, space in d4rl.unbounded_space(parts).items()} == {
         "achieved_goal": (2,),
         "desired_goal": (2,),
         "observation": (27,),
@@ -140,6 +140,10 @@ def test_reference_scores_are_those_of_d4rl():
 
 def test_files_in_another_layout_are_refused(tmp_path):
     data = flat_data(4)
+    np.savez(tmp_path / "whole.npz", **data)
+    np.savez(tmp_path / "other.npz", states=np.zeros((5, 2)), actions=np.zeros((5, 1)))
+    with pytest.raises(ValueError, match=r"observations, rewards, terminals missing among \['actions', 'states'\]"):
+        list(d4rl.read_episodes(str(tmp_path / "other.npz"), max_episode_steps=None))
     for change, message in (
         ({"terminals": None}, "terminals missing among"),
         ({"rewards": np.zeros(3)}, "must have one length of at least 1"),
@@ -148,8 +152,30 @@ def test_files_in_another_layout_are_refused(tmp_path):
         path = write_file(tmp_path / "broken.hdf5", broken)
         with pytest.raises(ValueError, match=message):
             list(d4rl.read_episodes(path, max_episode_steps=None))
-    with pytest.raises(ValueError, match="cannot be read as HDF5"):
-        list(d4rl.read_episodes(str(tmp_path / "none.hdf5"), max_episode_steps=None))
+    for name, content in {"none": None, "text": b"no data", "cut": (tmp_path / "whole.npz").read_bytes()[:-40]}.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as HDF5 or npz"):
+            list(d4rl.read_episodes(str(tmp_path / name), max_episode_steps=None))
+
+
+def test_npz_files_are_read_in_either_layout(tmp_path, caplog):
+    """OGBench's rows end in the last observation of an episode, whose action led nowhere; it knows no real ends."""
+    data = flat_data(8, terminals=[3, 7])
+    np.savez(tmp_path / "d4rl.npz", **data)
+    episodes = list(d4rl.read_episodes(str(tmp_path / "d4rl.npz"), max_episode_steps=None))
+    assert [(len(episode), bool(episode.terminations[-1])) for episode in episodes] == [(4, True), (4, True)]
+    assert not caplog.text
+    names = ("observations", "actions", "terminals")
+    np.savez(tmp_path / "og.npz", qpos=np.zeros((8, 3)), **{name: data[name] for name in names})
+    episodes = list(d4rl.read_episodes(str(tmp_path / "og.npz"), max_episode_steps=None))
+    assert "og.npz has OGBench's layout, without rewards" in caplog.text
+    for episode, start in zip(episodes, (0, 4), strict=True):
+        np.testing.assert_array_equal(episode.observations, data["observations"][start : start + 4])
+        np.testing.assert_array_equal(episode.actions, data["actions"][start : start + 3])
+        np.testing.assert_array_equal(episode.rewards, np.zeros(3))
+        np.testing.assert_array_equal(episode.terminations, np.zeros(3, bool))
+        np.testing.assert_array_equal(episode.truncations, [False, False, True])
 
 
 def test_two_files_make_one_dataset_with_reference_scores(monkeypatch, tmp_path):

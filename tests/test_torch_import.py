@@ -59,6 +59,23 @@ def test_the_float_type_is_kept_and_lists_are_taken(state):
     np.testing.assert_array_equal(params["norm"]["bias"], state["ln_f.bias"])
 
 
+@pytest.mark.parametrize("prefix", ["", "trajectory_transformer."])
+def test_the_names_of_the_transformers_library_are_read(state, prefix):
+    """Its `modeling_trajectory_transformer.py` calls the layers of the MLP l1 and l2, and stores no mask."""
+
+    def rename(name):
+        return prefix + name.replace(".mlp.0.", ".l1.").replace(".mlp.2.", ".l2.")
+
+    theirs = {rename(name): value for name, value in state.items() if not name.endswith("mask")}
+    assert f"{prefix}blocks.1.l2.bias" in theirs
+    assert torch_import.read_sizes(theirs) == torch_import.read_sizes(state)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        torch_import.from_state_dict(theirs, config=golden.CONFIG),
+        torch_import.from_state_dict(state, config=golden.CONFIG),
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "blocks.1."])
 def test_what_is_missing_or_left_over_is_named(state, prefix):
     names = [name for name in state if name.startswith(prefix) and not name.endswith("mask")]

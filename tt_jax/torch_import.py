@@ -1,5 +1,9 @@
-"""Weights of the PyTorch reference as our parameters; needs numpy only."""
+"""Weights of the PyTorch reference as our parameters; needs numpy only.
 
+Those of the transformers library's `TrajectoryTransformerModel` are the same but for names, and are read alike.
+"""
+
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +18,7 @@ def read_sizes(state_dict: Mapping[str, Any]) -> dict[str, int]:
     Returns num_layers, embed_dim, num_bins, transition_dim and max_transitions; the number of heads leaves no trace in
     the shapes. Raises ValueError if the names or shapes are not those of that model.
     """
+    state_dict = _with_reference_names(state_dict)
     try:
         transition_dim, num_outputs, embed_dim = np.shape(state_dict["head.weight"])
         _, block_size, _ = np.shape(state_dict["pos_emb"])
@@ -41,6 +46,7 @@ def from_state_dict(state_dict: Mapping[str, Any], *, config: transformer.Transf
     Values are anything that numpy.asarray takes; their float type is kept. The map is linear, so gradients can be
     turned likewise. Raises ValueError naming the first parameter that is missing, left over or of another shape.
     """
+    state_dict = _with_reference_names(state_dict)
     state = {name: np.asarray(value) for name, value in state_dict.items() if not name.endswith("attn.mask")}
     used = set()
 
@@ -87,3 +93,13 @@ def from_state_dict(state_dict: Mapping[str, Any], *, config: transformer.Transf
     if left_over:
         raise ValueError(f"the state_dict holds '{left_over[0]}', which a model of {config.num_layers} layers lacks.")
     return params
+
+
+def _with_reference_names(state_dict):
+    """Rename what the transformers library names otherwise: the layers of the MLP, and perhaps a prefix of all."""
+
+    def rename(name):
+        name = name.removeprefix("trajectory_transformer.")
+        return re.sub(r"^(blocks\.\d+)\.l([12])\.", lambda found: f"{found[1]}.mlp.{2 * int(found[2]) - 2}.", name)
+
+    return {rename(name): value for name, value in state_dict.items()}

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.common import entry, planners
+from experiments.common import entry, memory, planners
 from tt_jax import (
     action_planner,
     checkpoints,
@@ -141,7 +141,13 @@ def plan_policy(
     model = checkpoint.config
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
     settings = {"config": model, "plan_config": plan_config, "search_config": search_config}
-    plan_fn = jax.jit(planners.make_plan_fn(planner, guided=learners is not None, **settings))
+    plan_fn = memory.guarded(
+        jax.jit(planners.make_plan_fn(planner, guided=learners is not None, **settings)),
+        f"a plan with beam_width={plan_config.beam_width}, num_expand={plan_config.num_expand}, horizon="
+        f"{plan_config.horizon} and window={plan_config.window} of {model.spec.transition_dim} tokens in "
+        f"{max_batch} environments",
+        "lower --num_envs or --plan.beam_width, num_expand, window or horizon",
+    )
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)

@@ -1,16 +1,18 @@
-"""Read D4RL's HDF5 files as episodes: flat arrays in which `terminals` and `timeouts` mark the last step of each."""
+"""Read files of D4RL and OGBench as episodes: flat arrays in which `terminals` and `timeouts` mark the last steps."""
 
 import itertools
 import os
 import shutil
 import tempfile
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 
 import gymnasium
 import h5py
 import numpy as np
 import tqdm
+from absl import logging
 from minari.data_collector import EpisodeBuffer
 
 # Returns of a random and an expert policy, by which D4RL normalises scores (its infos.py).
@@ -66,6 +68,9 @@ def read_episodes(
     dropped, as D4RL does. With the observation `space` of a goal maze the flat observation is split as the environment
     has it into `observation`, `achieved_goal` (x, y) and `desired_goal` (`infos/goal`).
 
+    OGBench's files (npz without rewards) mark with `terminals` the row that holds an episode's last observation, where
+    it is cut; their rewards are 0 here, with a warning.
+
     Raises ValueError if the file lacks a needed array, the arrays differ in length, or it does not fit the `space`.
     """
     arrays = _read(path, goal_maze=space is not None)
@@ -117,27 +122,27 @@ def _goal_parts(path, arrays, space):
     )
 
 
-def observation_space(observations) -> gymnasium.Space:
-    """Return the unbounded space of recorded observations, an array [T, ...] or a dict of them.
+def unbounded_space(values) -> gymnasium.Space:
+    """Return the unbounded space of recorded observations or actions, an array [T, ...] or a dict of them.
 
     Old recordings may be wider than what today's environment observes, so this comes from the data.
     """
-    if isinstance(observations, dict):
-        return gymnasium.spaces.Dict({key: observation_space(array) for key, array in observations.items()})
-    return gymnasium.spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype)
+    if isinstance(values, dict):
+        return gymnasium.spaces.Dict({key: unbounded_space(array) for key, array in values.items()})
+    return gymnasium.spaces.Box(-np.inf, np.inf, values.shape[1:], values.dtype)
 
 
 def _read(path, *, goal_maze):
     needed = ["observations", "actions", "rewards", "terminals"] + ["infos/goal"] * goal_maze
-    try:
-        with h5py.File(path, "r") as file:
-            missing = [name for name in needed if name not in file]
-            if missing:
-                raise ValueError(f"{path} is not in D4RL's layout: {', '.join(missing)} missing among {sorted(file)}.")
-            optional = [name for name in ("timeouts", "next_observations") if name in file]
-            arrays = {name: file[name][()] for name in needed + optional}
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read as HDF5: {error}; copy or download it again.") from error
+    found, arrays = _load(path, [*needed, "timeouts", "next_observations"])
+    if zipfile.is_zipfile(path) and found.isdisjoint({"rewards", "timeouts"}) and "terminals" in arrays:
+        logging.warning("%s has OGBench's layout, without rewards: they are 0 here, which plans cannot maximise.", path)
+        ends = arrays["terminals"]
+        arrays |= {"rewards": np.zeros(len(ends)), "timeouts": ends, "terminals": np.zeros_like(ends)}
+    if missing := [name for name in needed if name not in arrays]:
+        raise ValueError(
+            f"{path} is in the layout of neither D4RL nor OGBench: {', '.join(missing)} missing among {sorted(found)}."
+        )
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1 or not lengths["rewards"]:
         raise ValueError(f"The arrays of {path} must have one length of at least 1, got {lengths}.")
@@ -145,3 +150,16 @@ def _read(path, *, goal_maze):
     for name in {"terminals", "timeouts"} & arrays.keys():
         arrays[name] = arrays[name].reshape(-1).astype(bool)
     return arrays
+
+
+def _load(path, names):
+    """Return the names in an HDF5 or npz file, and those of the arrays `names` that are there."""
+    try:
+        if zipfile.is_zipfile(path):
+            with np.load(path) as file:
+                return set(file), {name: file[name] for name in names if name in file}
+        with h5py.File(path, "r") as file:
+            return set(file), {name: file[name][()] for name in names if name in file}
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read as HDF5 or npz: {reason}; copy or download it again.") from error

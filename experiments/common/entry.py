@@ -30,6 +30,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 import tt_jax
+from experiments.common import memory
 from tt_jax import checkpoints
 
 try:
@@ -96,8 +97,9 @@ def _with_config(argv):
 def _exit_code(*functions):
     """Call the functions in turn and return the exit code; what was not foreseen is raised on, with its traceback."""
     try:
-        for function in functions:
-            function()
+        with memory.explained("what was asked for", "choose smaller sizes"):
+            for function in functions:
+                function()
     except Interrupted as error:
         return _report(error, INTERRUPTED)
     except ValueError as error:

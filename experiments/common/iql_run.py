@@ -59,6 +59,9 @@ def train(config, workdir, *, preemption, download=False):
             f"v {metrics['v'][-1].mean():.3g}, value loss {metrics['value_loss'][-1].mean():.3g}, {rate:.3g} updates/s"
         ),
         work_per_step={"updates": train_config.num_seeds},
+        step_sizes=f"{train_config.batch_size} transitions for each of {train_config.num_seeds} learners",
+        memory_settings=f"lower iql_train.batch_size ({train_config.batch_size}), iql_train.num_seeds "
+        f"({train_config.num_seeds}) or iql.hidden_dims ({iql_config.hidden_dims})",
         preemption=preemption,
     )
 

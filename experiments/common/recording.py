@@ -45,13 +45,13 @@ def write(
     dataset_id: str,
     episodes: Iterable[EpisodeBuffer],
     *,
-    env: gymnasium.Env,
+    env: gymnasium.Env | None,
     eval_env: gymnasium.Env | None = None,
     **metadata,
 ) -> minari.MinariDataset:
     """Write `episodes` as the Minari dataset `dataset_id`, in place of an existing one; `metadata` is Minari's.
 
-    `eval_env` is the environment to evaluate in; without it, that of the data.
+    `eval_env` is the environment to evaluate in; without it, that of the data. Without an `env` both spaces are needed.
     """
     path = minari.storage.get_dataset_path(dataset_id)
     if path.exists():

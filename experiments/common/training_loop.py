@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments.common import entry
+from experiments.common import entry, memory
 from tt_jax import checkpoints, data_parallel, iql_training, training
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
@@ -32,6 +33,8 @@ def run(
     evaluate: Callable[[Any], dict[str, float]] | None,
     describe: Callable[[dict[str, np.ndarray], float], str],
     work_per_step: dict[str, int],
+    step_sizes: str,
+    memory_settings: str,
     preemption: entry.Preemption,
 ) -> None:
     """Train to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
@@ -44,7 +47,8 @@ def run(
     and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps, after the
     step's checkpoint, and may raise entry.Interrupted when told to stop;
     `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
-    second, such as {"tokens": 4096}.
+    second, such as {"tokens": 4096}. `step_sizes` tells what a step takes and `memory_settings` what makes it smaller,
+    for the ValueError of a step that does not fit a device, by an estimate before the first one or when it fails.
     """
     state = _resume(workdir, fresh, model, free_fields)
     step = int(np.ravel(state.step)[0])
@@ -52,13 +56,18 @@ def run(
         logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
         return
     state, store, seed = place(state), place(store), data_parallel.replicate(np.uint32(seed))
+    num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(fresh.params))
+    logging.info("%s parameters; a step takes %s", f"{num_parameters:,}", step_sizes)
+    explained = functools.partial(memory.explained, f"a step of {step_sizes}", memory_settings)
+    with explained():
+        memory.check(train_fn, state, store, seed, data_parallel.replicate(np.int32(1)))
     metrics = entry.MetricsWriter(workdir, resume_step=step)
     notes = []
     progress = tqdm.tqdm(
         initial=step, total=config.num_steps, unit="step", desc="train", disable=not entry.is_main_process()
     )
-    with progress, checkpoints.Writer(workdir, keep=config.keep_checkpoints) as writer:
-        call_steps, log_time, log_step = 1, time.time(), step
+    with explained(), progress, checkpoints.Writer(workdir, keep=config.keep_checkpoints) as writer:
+        call_steps, log_time, log_step, num_calls = 1, time.time(), step, 0
         while step < config.num_steps:
             call_steps = _steps_until_event(step, call_steps, config)
             started = time.time()
@@ -69,6 +78,10 @@ def run(
             notes.append(call_metrics)
             step += call_steps
             rate = call_steps / (time.time() - started)
+            num_calls += 1
+            if num_calls == 2:  # the first is a single step
+                left = tqdm.tqdm.format_interval((config.num_steps - step) / rate)
+                logging.info("%.3g steps per second: %s to step %d, without evaluations", rate, left, config.num_steps)
             progress.update(call_steps)
             progress.set_postfix_str(describe(call_metrics, rate))
             is_last = step == config.num_steps

@@ -54,5 +54,18 @@ def train(config, workdir, *, preemption, download=False):
             f"{rate * tokens_per_step:.2g} tokens/s"
         ),
         work_per_step={"tokens": tokens_per_step},
+        step_sizes=f"{train_config.batch_size} windows of {model_config.block_size} tokens ({tokens_per_step} in all)",
+        memory_settings=_memory_settings(train_config, model_config),
         preemption=preemption,
+    )
+
+
+def _memory_settings(train_config, model_config):
+    """Say which settings make a step smaller; those before the last change nothing but memory."""
+    at_once = train_config.microbatch_size or f"0, all {train_config.batch_size // jax.device_count()} of a device"
+    return (
+        f"try --config.model.remat=True (now {model_config.remat}), a smaller train.microbatch_size (now {at_once}) or "
+        f"train.batch_size ({train_config.batch_size}), shorter windows by model.max_transitions "
+        f"({model_config.max_transitions}), or fewer observed dimensions ({model_config.spec.observation_dim}) by "
+        "data.observation_keys or data.observation_slice"
     )
