@@ -45,3 +45,9 @@ num_episodes = functools.partial(
 num_envs = functools.partial(
     flags.DEFINE_integer, "num_envs", help="Environments that are played in step.", lower_bound=1
 )
+num_windows = functools.partial(
+    flags.DEFINE_integer, "num_windows", help="Windows of held-out episodes to read, evenly spaced.", lower_bound=1
+)
+out = functools.partial(
+    flags.DEFINE_string, "out", help="File for the numbers; a figure of the same name is beside it."
+)
