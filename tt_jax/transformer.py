@@ -161,17 +161,16 @@ class Transformer(nn.Module):
         self.norm = Norm()
         self.head = Head(config)
 
-    def __call__(self, tokens, goal=None, dropout_key=None):
+    def __call__(self, tokens, goal=None, dropout_key=None, visible=None):
         """Return the logits [B, T, V + 1] and the attention weights of each layer [B, H, G + T, G + T]."""
         length, config = tokens.shape[1], self.config
+        visible = visible_keys(config, length) if visible is None else visible
         dropout_fn = make_dropout(dropout_key, len(tokens))
         x = self.embed(tokens, np.arange(length) % config.spec.transition_dim, np.arange(length))
         if goal is not None:
             x = jnp.concatenate([self.embed_goal(goal), x], axis=1)
         x = dropout_fn(x, config.embedding_dropout)
-        attend_fn = functools.partial(
-            _attend_causally, visible=visible_keys(config, length), dropout_fn=dropout_fn, config=config
-        )
+        attend_fn = functools.partial(_attend_causally, visible=visible, dropout_fn=dropout_fn, config=config)
         x, weights = self.run_blocks(x, [attend_fn] * config.num_layers, dropout_fn)
         return self.head(self.norm(x[:, x.shape[1] - length :].astype(jnp.float32))), weights
 
@@ -260,26 +259,36 @@ def apply(
     config: TransformerConfig,
     goal: chex.Array | None = None,
     dropout_key: chex.PRNGKey | None = None,
+    visible: chex.Array | None = None,
 ) -> chex.Array:
     """Predict the token after each of `tokens` [B, T] from those up to it: float32 logits [B, T, V + 1].
 
     T is at most `config.block_size` and the first token is the first of a transition. `goal` [B, N] are observation
-    tokens for a goal-conditioned model. With a `dropout_key`, one key or one per row, dropout is applied. Raises
-    ValueError if T is too long or the goal does not suit the configuration.
+    tokens for a goal-conditioned model. With a `dropout_key`, one key or one per row, dropout is applied. `visible`
+    [G + T, G + T] takes the place of `visible_keys` in every layer, to hide more; each query must see a key, and none
+    a later one. Raises ValueError if T is too long or the goal does not suit the configuration.
     """
     _check_input(tokens, goal, config)
-    return Transformer(config).apply({"params": params}, tokens, goal, dropout_key)[0]
+    return Transformer(config).apply({"params": params}, tokens, goal, dropout_key, visible)[0]
 
 
 def attention(
-    params: types.Params, tokens: chex.Array, *, config: TransformerConfig, goal: chex.Array | None = None
+    params: types.Params,
+    tokens: chex.Array,
+    *,
+    config: TransformerConfig,
+    goal: chex.Array | None = None,
+    layer: int | None = None,
 ) -> chex.Array:
     """Return the attention weights [num_layers, B, num_heads, T, T] of a pass over `tokens` [B, T], query by key.
 
-    float32, each row sums to 1. With a goal T includes its N tokens, in front. Raises ValueError as `apply`.
+    float32, each row sums to 1. With a goal T includes its N tokens, in front. With a `layer` in [0, num_layers) only
+    its weights [B, num_heads, T, T], and under `jit` only these take memory: long windows are read layer by layer.
+    Raises ValueError as `apply`.
     """
     _check_input(tokens, goal, config)
-    return jnp.stack(Transformer(config).apply({"params": params}, tokens, goal)[1])
+    weights = Transformer(config).apply({"params": params}, tokens, goal)[1]
+    return jnp.stack(weights) if layer is None else weights[layer]
 
 
 def loss(

@@ -93,6 +93,12 @@ goal = functools.partial(
     None,
     "x,y where the goal of a gymnasium-robotics maze stands in every episode.",
 )
+num_windows = functools.partial(
+    flags.DEFINE_integer, "num_windows", help="Windows of held-out episodes to read, evenly spaced.", lower_bound=1
+)
+out = functools.partial(
+    flags.DEFINE_string, "out", help="File for the numbers; a figure of the same name is beside it."
+)
 
 
 def fields(prefix: str, record: type) -> dict[str, flags.FlagHolder]:
