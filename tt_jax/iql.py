@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tt_jax import networks, types
+from tt_jax import learners, networks, types
 
 _MAX_WEIGHT = 100.0  # of a sample in the policy's regression
 REWARD_UNITS = ("raw", "minus_one", "return_range")
@@ -110,18 +110,18 @@ def update(
     their steps, advantage by the new V. Raises ValueError if the shapes of the batch do not suit the configuration.
     """
     _check_batch(batch, config)
-    params, actions = state.params, _normalize_actions(state.params, batch.actions)
-    observations = _standardize(params, batch.observations)
-    both_observations = jnp.stack([observations, _standardize(params, batch.next_observations)])
+    params, actions = state.params, normalize_actions(state.params, batch.actions)
+    observations = standardize(params, batch.observations)
+    both_observations = jnp.stack([observations, standardize(params, batch.next_observations)])
     rewards = transform_rewards(params, batch.rewards)
-    target_q = jnp.min(_critics(params["target_critic"], observations, actions), axis=0)  # [B]
-    descend = functools.partial(_descend, state=state, axis_name=axis_name)
+    target_q = jnp.min(critics(params["target_critic"], observations, actions), axis=0)  # [B]
+    descend_on = functools.partial(learners.descend, state=state, axis_name=axis_name)
 
     def value_loss(value):
         v = _value(value, observations)
         return jnp.mean(expectile_loss(target_q - v, expectile=config.expectile)), {"v": jnp.mean(v)}
 
-    value, value_opt, value_metrics = descend("value", value_loss, config.learning_rate)
+    value, value_opt, value_metrics = descend_on("value", value_loss, config.learning_rate)
     v, next_v = _value(value, both_observations)  # of the new V
     advantage = target_q - v
     weights = jnp.minimum(jnp.exp(config.temperature * advantage), _MAX_WEIGHT)
@@ -129,16 +129,16 @@ def update(
 
     def actor_loss(actor):
         dropout_fn = _dropout_fn(state, len(actions), config, axis_name) if config.actor_dropout else None
-        log_prob = _log_prob(actor, observations, actions, dropout_fn)
-        return -jnp.mean(weights * log_prob), {"advantage": jnp.mean(advantage)}
+        likelihood = log_prob(actor, observations, actions, dropout_fn)
+        return -jnp.mean(weights * likelihood), {"advantage": jnp.mean(advantage)}
 
     def critic_loss(critic):
-        q = _critics(critic, observations, actions)  # [2, B]
+        q = critics(critic, observations, actions)  # [2, B]
         q1, q2 = jnp.mean(q, axis=1)
         return jnp.sum(jnp.mean((q - q_goal[None]) ** 2, axis=1)), {"q1": q1, "q2": q2}
 
-    actor, actor_opt, actor_metrics = descend("actor", actor_loss, actor_learning_rate(state.step, config=config))
-    critic, critic_opt, critic_metrics = descend("critic", critic_loss, config.learning_rate)
+    actor, actor_opt, actor_metrics = descend_on("actor", actor_loss, actor_learning_rate(state.step, config=config))
+    critic, critic_opt, critic_metrics = descend_on("critic", critic_loss, config.learning_rate)
     target_critic = optax.incremental_update(critic, params["target_critic"], config.tau)
     learned = {"actor": actor, "critic": critic, "value": value, "target_critic": target_critic}
     state = state.replace(
@@ -158,22 +158,22 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
     _check_size("action", action, params["actor"]["log_std"].shape[-1])
     leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
-    observation = jnp.broadcast_to(_standardize(params, observation), (*leading, observation.shape[-1]))
-    action = _normalize_actions(params, action)
-    return _critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
+    observation = jnp.broadcast_to(standardize(params, observation), (*leading, observation.shape[-1]))
+    action = normalize_actions(params, action)
+    return critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
 
 
 def values(params: types.Params, observation: chex.Array) -> chex.Array:
     """Return V [...] at observation [..., N], in the transformed reward's units; raises ValueError as `q_values`."""
     _check_size("observation", observation, params["value"]["Dense_0"]["kernel"].shape[-2])
-    return _value(params["value"], _standardize(params, observation))
+    return _value(params["value"], standardize(params, observation))
 
 
 def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Return the mean [..., A] of the actions at observation [..., N], within their bounds, and their deviation [A]."""
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
-    mean, std = _policy(params["actor"], _standardize(params, observation))
-    center, scale = _action_units(params, mean)
+    mean, std = _policy(params["actor"], standardize(params, observation))
+    center, scale = action_units(params, mean)
     return center + scale * mean, params["units"]["action_scale"] * std
 
 
@@ -191,7 +191,7 @@ def sample_action(
         noise = jax.vmap(draw_fn)(rng_key.reshape(-1)).reshape(mean.shape)
     else:
         noise = jax.random.normal(rng_key, mean.shape)
-    center, scale = _action_units(params, mean)
+    center, scale = action_units(params, mean)
     return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), center - scale, center + scale)
 
 
@@ -265,14 +265,15 @@ def episode_returns(transitions: types.Transitions) -> np.ndarray:
     return np.add.reduceat(np.asarray(transitions.rewards, np.float64), starts)
 
 
-# Networks
+# Networks, in their own units; other methods are made of them, too
 
 
 def _value(value, observations):
     return networks.MLP(networks.sizes(value)).apply({"params": value}, observations)[..., 0]
 
 
-def _critics(critic, observations, actions):
+def critics(critic: types.Params, observations: chex.Array, actions: chex.Array) -> chex.Array:
+    """Return both critics [2, ...] at standardised observations [..., N] and normalised actions [..., A]."""
     inputs = jnp.concatenate([observations, actions], axis=-1)
     inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
     return networks.Critics(networks.sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
@@ -282,7 +283,13 @@ def _policy(actor, observations, dropout_fn=None):
     return networks.Policy(networks.sizes(actor["mlp"])).apply({"params": actor}, observations, dropout_fn)
 
 
-def _log_prob(actor, observations, actions, dropout_fn):
+def log_prob(
+    actor: types.Params,
+    observations: chex.Array,
+    actions: chex.Array,
+    dropout_fn: networks.DropoutFn | None = None,
+) -> chex.Array:
+    """Return the log-density [...] of normalised actions [..., A] at standardised observations [..., N]."""
     mean, std = _policy(actor, observations, dropout_fn)
     std = jnp.broadcast_to(std, mean.shape)
     return jnp.sum(jax.scipy.stats.norm.logpdf(actions, mean, std), axis=-1)
@@ -302,20 +309,6 @@ def _dropout_fn(state, num_rows, config, axis_name):
     return dropout_fn
 
 
-def _descend(name, loss_fn, rate, *, state, axis_name):
-    """Do one step of Adam; return the network, its optimizer's state and the metrics, averaged over the devices."""
-    network = state.params[name]
-    # As arrays that may differ between the devices the gradients stay those of the device's share; for arrays known to
-    # be replicated `jax.shard_map` sums them by itself.
-    zero = 0 * jax.lax.axis_index(axis_name) if axis_name else 0
-    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(jax.tree.map(lambda p: p + zero, network))
-    metrics = {f"{name}_loss": loss, **metrics}
-    if axis_name:
-        grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-    updates, opt_state = optax.scale_by_adam().update(grads, state.opt_state[name])
-    return jax.tree.map(lambda p, u: p - rate * u, network, updates), opt_state, metrics
-
-
 # Units and checks
 
 
@@ -330,20 +323,21 @@ def _raw_units(observation_dim, action_dim):
     }
 
 
-def _standardize(params, observations):
+def standardize(params: types.Params, observations: chex.Array) -> chex.Array:
+    """Bring observations [..., N] of the environment to the networks' units."""
     units = params["units"]
     mean, std = (jnp.broadcast_to(units[f"observation_{name}"], observations.shape) for name in ("mean", "std"))
     return (observations - mean) / std
 
 
-def _action_units(params, actions):
+def action_units(params: types.Params, actions: chex.Array) -> tuple[chex.Array, chex.Array]:
     """Return the center and the half-width of the actions' bounds in the shape of `actions` [..., A]."""
     return tuple(jnp.broadcast_to(params["units"][f"action_{name}"], actions.shape) for name in ("center", "scale"))
 
 
-def _normalize_actions(params, actions):
+def normalize_actions(params: types.Params, actions: chex.Array) -> chex.Array:
     """Bring actions [..., A] of the environment to the networks' +-1."""
-    center, scale = _action_units(params, actions)
+    center, scale = action_units(params, actions)
     return (actions - center) / scale
 
 

@@ -155,7 +155,7 @@ def plan_policy(
     no_plan = np.full(initial_shape or (), np.nan, np.float32)
 
     def policy(episodes: Sequence[Episode]) -> np.ndarray:
-        batch = _pad(episodes, max_batch)
+        batch = pad(episodes, max_batch)
         keys = _plan_keys(rng_key, [episode.seed for episode in batch], [episode.length for episode in batch])
         context = encode_context(batch, discretizer=discretizer, spec=spec, context_transitions=context_transitions)
         observation = np.stack([episode.observations[-1] for episode in batch])  # [B, N] float32
@@ -309,7 +309,7 @@ def _checked(actions: np.ndarray, num_episodes: int, action_shape: tuple[int, ..
     return actions
 
 
-def _pad(episodes: Sequence[Episode], max_batch: int) -> list[Episode]:
+def pad(episodes: Sequence[Episode], max_batch: int) -> list[Episode]:
     """Repeat episodes up to the next power of two, at most `max_batch`."""
     size = max(len(episodes), min(max_batch, 1 << (len(episodes) - 1).bit_length()))
     return [episodes[i % len(episodes)] for i in range(size)]

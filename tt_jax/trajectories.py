@@ -149,6 +149,11 @@ def select(trajectories: Trajectories, episodes) -> Trajectories:
     )
 
 
+def returns(trajectories: Trajectories) -> np.ndarray:
+    """Sum the rewards of each episode, [E] float64."""
+    return np.add.reduceat(trajectories.rewards.astype(np.float64), trajectories.offsets[:-1])
+
+
 def segment(trajectories: Trajectories, *, discount: float, termination_penalty: float | None = None) -> np.ndarray:
     """Join observation, action, reward and value of each step into [n, D] float64.
 

@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         if goal is not None:
             x = jnp.concatenate([self.embed_goal(goal), x], axis=1)
         x = dropout_fn(x, config.embedding_dropout)
-        attend_fn = functools.partial(_attend_causally, visible=visible, dropout_fn=dropout_fn, config=config)
+        attend_fn = functools.partial(attend_causally, visible=visible, dropout_fn=dropout_fn, config=config)
         x, weights = self.run_blocks(x, [attend_fn] * config.num_layers, dropout_fn)
         return self.head(self.norm(x[:, x.shape[1] - length :].astype(jnp.float32))), weights
 
@@ -389,8 +389,19 @@ def _check_input(tokens, goal, config):
         )
 
 
-def _attend_causally(query, key, value, *, visible, dropout_fn, config):
-    """Attend within sequences; return the mixed values [B, H, T, E / H] and the weights [B, H, T, T]."""
+def attend_causally(
+    query: chex.Array,
+    key: chex.Array,
+    value: chex.Array,
+    *,
+    visible: np.ndarray,
+    dropout_fn: DropoutFn,
+    config: TransformerConfig,
+) -> tuple[chex.Array, chex.Array]:
+    """Attend within sequences, [B, H, T, E / H] each; return the mixed values and the weights [B, H, T, T].
+
+    `visible` [T, T] bool says which key (column) a query (row) sees; none sees a later one.
+    """
     mixed, weights = [], []
     for rows in np.array_split(np.arange(query.shape[2]), _QUERY_BLOCKS):
         if not rows.size:
