@@ -44,6 +44,10 @@ SETTINGS = {  # observation and action sizes, and the paper's planning settings
 
 
 def main(_):
+    if len(WINDOW.value) != 2 or not all(number.isdecimal() for number in WINDOW.value):
+        raise ValueError(f"--window={','.join(WINDOW.value)} must be two numbers, such as 5,4.")
+    if JSON.value:
+        entry.make_folder(pathlib.Path(JSON.value).parent, flag="json")
     if jax.default_backend() != "cpu":
         _pin(ALL_CORES)
     rows = [ceilings()]

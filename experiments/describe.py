@@ -25,6 +25,8 @@ SHOWN_PATHS = 100
 
 
 def main(_):
+    if OUT.value:
+        entry.make_folder(OUT.value, flag="out")
     settings = datasets.with_keys(DATASET.value, trajectories.DataConfig(), download=DOWNLOAD.value)
     loaded = trajectories.load(DATASET.value, config=settings)
     storage = minari_files.open_storage(DATASET.value)

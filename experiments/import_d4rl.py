@@ -30,6 +30,8 @@ OVERWRITE = run_flags.overwrite()
 
 def main(_):
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
+    if not all(FILES.value):
+        raise ValueError("--files is empty: paths or URLs, separated by commas.")
     env = environments.make(ENV.value) if ENV.value else None
     maze_space = env.observation_space if env and isinstance(env.observation_space, gymnasium.spaces.Dict) else None
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 from absl import flags, logging
 
-from experiments.common import datasets, entry, run_flags
+from experiments.common import datasets, entry, run_flags, settings
 from tt_jax import checkpoints, torch_import, training, transformer
 
 STATE_DICT = flags.DEFINE_string("state_dict", None, "File that torch.save wrote of model.state_dict().", required=True)
@@ -28,6 +28,7 @@ def main(_):
     config = CONFIG.value
     if WORKDIR.value and checkpoints.latest_step(WORKDIR.value) is not None:
         raise entry.UsageError(f"{WORKDIR.value} holds checkpoints already; use another --workdir.")
+    settings.checked(config)
     entry.resolve_config(config, dataset=DATASET.value, workdir=WORKDIR.value)  # says what is missing
     state_dict = _load(STATE_DICT.value)
     sizes = torch_import.read_sizes(state_dict)

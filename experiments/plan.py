@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import control, datasets, entry, planners, run_flags
-from tt_jax import action_planner, minari_files, sequence_planner, spaces
+from experiments.common import control, datasets, entry, environment_check, planners, run_flags
+from tt_jax import action_planner, minari_files, rollouts, sequence_planner, spaces
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 IQL_WORKDIR = run_flags.iql_workdir()
@@ -58,7 +58,7 @@ def main(_):
     settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
     make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
     num_envs = min(NUM_ENVS.value, NUM_EPISODES.value)
-    envs = control.vectorize(make_env, num_envs, spec=model.spec, config=data_config)
+    envs = control.vectorize(lambda: rollouts.Guarded(make_env()), num_envs, spec=model.spec, config=data_config)
     planners.check(
         planner,
         config=model,
@@ -75,6 +75,11 @@ def main(_):
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
+    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
+    bounds = checkpoint.tokenizer.thresholds[: model.spec.observation_dim]
+    checked = environment_check.check(
+        envs.envs[0], run["dataset"], low=bounds[:, 0], high=bounds[:, -1], seeds=seeds, config=data_config
+    )
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
@@ -90,15 +95,17 @@ def main(_):
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
-    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
     episodes, counts = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
     seconds = time.time() - compiled
+    episodes, failures = control.without_failures(episodes)
 
     results = {
         "checkpoint_step": checkpoint.step,
         "environment": envs.envs[0].spec.id,
+        "environment_check": checked,
         "dataset": run["dataset"],
         **control.summarize(episodes, _reference_scores(run["dataset"])),
+        "failures": failures,
         "num_plans": counts["plans"],
         "plans_per_second": counts["plans"] / seconds,
         "wall_time_s": seconds,
@@ -113,8 +120,13 @@ def main(_):
     }
     entry.write_json(out, results)
     if VIDEO.value:
-        _write_video(VIDEO.value, make_env, seed=SEED.value, actions=episodes[0].actions)
+        _write_video(VIDEO.value, make_env, seed=episodes[0].seed, actions=episodes[0].actions)
     _print_table(results)
+    if failures:
+        raise entry.Failed(
+            f"the environment failed in {len(failures)} of {NUM_EPISODES.value} episodes, first "
+            f"{control.tell_failure(failures[0])}; the others are in {OUT.value}."
+        )
 
 
 def _result_file() -> pathlib.Path:

@@ -3,7 +3,7 @@
 python -m experiments.train_tt --dataset=ID --workdir=DIR [--config=experiments/configs/maze.py --config.seed=0 ...]
 """
 
-from experiments.common import entry, run_flags, transformer_run
+from experiments.common import entry, run_flags, settings, transformer_run
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
@@ -11,7 +11,7 @@ WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
 
 def main(_):
     preemption = entry.Preemption()
-    config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=WORKDIR.value)
+    config = entry.resolve_config(settings.checked(CONFIG.value), dataset=DATASET.value, workdir=WORKDIR.value)
     transformer_run.train(config, WORKDIR.value, preemption=preemption, download=DOWNLOAD.value)
 
 

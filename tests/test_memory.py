@@ -59,7 +59,7 @@ def test_a_limit_of_the_process_counts():
 
 
 def test_a_step_or_a_plan_too_large_for_the_machine_is_told_before_it_runs(train, entry_point, trained, tmp_path):
-    done = train(*MAZE, "--config.train.batch_size=5000000", f"--workdir={tmp_path}", "--config.model.num_layers=4")
+    done = train(*MAZE, "--config.train.batch_size=5000000", f"--workdir={tmp_path}")
     assert done.code == 2, done.stderr
     assert "train_tt: a step of 5000000 windows of 29 tokens" in done.error
     assert "--config.model.remat=True" in done.error and "train.microbatch_size" in done.error

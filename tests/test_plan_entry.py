@@ -41,6 +41,7 @@ def copy_checkpoint(source, target, **changes):
 def test_results_hold_every_episode_and_their_means(planned):
     results, stdout = planned
     assert results["environment"] == "PointMaze_UMaze-v3"
+    assert results["environment_check"]["data_in_walls"] == 0 and not results["environment_check"]["problems"]
     assert results["dataset"] == "test/maze-v0"
     assert results["checkpoint_step"] == 420
     episodes = results["episodes"]
@@ -168,6 +169,7 @@ def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with
         (["--plan.replan_every=3"], "replan_every=3 must not exceed horizon=2"),
         (["--env=Pendulum-v1"], "does not have the keys ('observation', 'desired_goal')"),
         (["--env=PointMaze_Nowhere-v3"], "PointMaze_Nowhere-v3 cannot be made"),
+        (["--plan.temperature=nan"], "--plan.temperature=nan: must be finite"),
         (["--goal=1"], "--goal=1: two numbers are needed"),
         (["--num_episodes=0"], "--num_episodes=0"),
         (["--seed=4294967295"], "--seed=4294967295"),
@@ -211,7 +213,22 @@ class Endless(gymnasium.Env):
         return {"observation": np.zeros(4), "desired_goal": np.zeros(2)}, 1.0, False, False, {}
 
 
+class Fragile(Endless):
+    def reset(self, *, seed=None, options=None):
+        self.is_broken = seed == self.broken_seed
+        return super().reset(seed=seed)
+
+    def __init__(self, broken_seed=8):
+        self.broken_seed = broken_seed
+
+    def step(self, action):
+        if self.is_broken:
+            raise OSError("no licence")
+        return super().step(action)
+
+
 gymnasium.register("Endless-v0", "stranger:Endless")
+gymnasium.register("Fragile-v0", "stranger:Fragile")
 """
 
 
@@ -243,6 +260,21 @@ def test_an_environment_without_a_time_limit_ends_when_it_is_told(plan, stranger
     results, _ = run_plan(plan, f"--workdir={stranger}", *SMALL, *named)
     assert results["environment"] == "Endless-v0"
     assert [episode["return"] for episode in results["episodes"]] == [3.0, 3.0, 3.0]
+
+
+def test_an_episode_whose_environment_raises_is_told_and_the_others_are_kept(plan, stranger):
+    done = plan(f"--workdir={stranger}", *SMALL, "--env=stranger:Fragile-v0", "--max_episode_steps=3", "--seed=7")
+    assert done.code == 1
+    assert done.error == (
+        "plan: the environment failed in 1 of 3 episodes, first with seed 8 after 0 steps: OSError: no licence; the "
+        "others are in results.json."
+    )
+    results = json.loads((plan.folder / "results.json").read_text())
+    assert [(episode["seed"], episode["return"]) for episode in results["episodes"]] == [(7, 3.0), (9, 3.0)]
+    assert results["failures"] == [{"seed": 8, "length": 0, "error": "OSError: no licence"}]
+    one = ["--num_episodes=1", "--seed=8"]
+    done = plan(f"--workdir={stranger}", *SMALL, "--env=stranger:Fragile-v0", *one)
+    assert done.code == 1 and "the environment failed in all episodes, first with seed 8" in done.error
 
 
 def test_a_specification_of_another_gymnasium_is_told_or_replaced(plan, trained, tmp_path):

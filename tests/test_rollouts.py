@@ -96,6 +96,43 @@ def test_every_seed_is_played_once_to_its_end_whatever_its_neighbours_do():
     ]
 
 
+class Fragile(Walk):
+    """Breaks in the reset of seed 2 and in the third step of seed 4."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed == 2:
+            raise RuntimeError("no\nlicence")
+        self.whole = 2 if seed == 4 else 99
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        self.whole -= 1
+        if self.whole < 0:
+            raise FloatingPointError("the body flew away")
+        return super().step(action)
+
+
+def test_a_guarded_environment_that_raises_costs_that_episode_alone():
+    whole = play(constant(0.5), seeds=range(6), num_envs=2)
+    finished = []
+    found = play(
+        constant(0.5),
+        env=lambda: rollouts.Guarded(Fragile()),
+        seeds=range(6),
+        num_envs=2,
+        on_finish=lambda episode: finished.append(episode.seed),
+    )
+    errors = {2: (0, "RuntimeError: no licence"), 4: (2, "FloatingPointError: the body flew away")}
+    assert sorted(finished) == list(range(6))
+    for episode, expected in zip(found, whole, strict=True):
+        assert (episode.length, episode.error) == errors.get(episode.seed, (expected.length, None))
+        assert episode.rewards == expected.rewards[: episode.length]
+        if episode.seed != 2:
+            np.testing.assert_array_equal(episode.observations, expected.observations[: episode.length + 1])
+    with pytest.raises(RuntimeError, match="licence"):
+        play(constant(0.5), env=Fragile, seeds=range(6))
+
+
 class Corridor(gymnasium.Env):
     """Walks over whole numbers; action 5 goes back, 6 stays and 7 goes on. The goal, a Dict, moves along."""
 

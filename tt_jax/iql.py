@@ -53,6 +53,11 @@ class IQLConfig:
         for name in ("expectile", "discount", "tau", "actor_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1].")
+        if self.actor_dropout == 1 or self.learning_rate <= 0 or self.temperature < 0:
+            raise ValueError(
+                f"actor_dropout={self.actor_dropout} must be below 1, learning_rate={self.learning_rate} positive and "
+                f"temperature={self.temperature} not negative."
+            )
         if self.reward_units not in REWARD_UNITS:
             raise ValueError(f'reward_units must be one of {", ".join(REWARD_UNITS)}, got "{self.reward_units}".')
 

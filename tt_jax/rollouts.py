@@ -10,6 +10,7 @@ the episode's seed and length.
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import chex
 import gymnasium
@@ -32,6 +33,7 @@ class Episode:
     successes: list[bool] = dataclasses.field(default_factory=list)  # per step; empty without success information
     terminated: bool = False  # False also for an episode that was cut off
     notes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the policy's own
+    error: str | None = None  # what the environment raised in its next step, if it is `Guarded`
 
     @property
     def length(self) -> int:
@@ -48,6 +50,8 @@ class Episode:
         """Whether the goal was reached at any step; None if the environment does not say."""
         return any(self.successes) if self.successes else None
 
+
+_ERROR = "tt_jax_error"  # in the info of a `Guarded` environment
 
 Policy = Callable[[Sequence[Episode]], np.ndarray]  # b running episodes -> [b, n, A]
 
@@ -113,8 +117,13 @@ def run(
         stepped, rewards, terminated, truncated, infos = envs.step(spaces.unflatten(executed, action_space))
         observations, goals = _flatten(stepped, config), _goals(stepped, envs.num_envs)
         successes = infos.get("success", infos.get("is_success"))
+        errors = infos.get(_ERROR, [None] * envs.num_envs)
         ended = terminated | truncated
         for slot, episode in list(running.items()):
+            if errors[slot] is not None:
+                finished.append(dataclasses.replace(running.pop(slot), error=errors[slot]))
+                on_finish(finished[-1])
+                continue
             episode.observations.append(observations[slot])
             episode.actions.append(executed[slot])
             episode.rewards.append(float(rewards[slot]))
@@ -231,6 +240,34 @@ def check_spaces(
             raise ValueError(f"the environment's {name} has {size} dimensions, the model was trained with {expected}.")
 
 
+class Guarded(gymnasium.Wrapper):
+    """An environment that, where it raises, ends that episode alone, which `run` then notes in its `error`.
+
+    If it is the reset that raises, the first step ends the episode.
+    """
+
+    _error: str | None = None
+    _observation: Any = None
+
+    def reset(self, **kwargs) -> tuple[Any, dict]:
+        try:
+            self._error = None
+            self._observation, info = self.env.reset(**kwargs)
+        except Exception as error:  # an environment is code: it may raise anything
+            self._error, self._observation, info = _one_line(error), self.observation_space.sample(), {}
+        return self._observation, info
+
+    def step(self, action: np.ndarray) -> tuple:
+        if self._error is None:
+            try:
+                stepped = self.env.step(action)
+                self._observation = stepped[0]
+                return stepped
+            except Exception as error:
+                self._error = _one_line(error)
+        return self._observation, 0.0, False, True, {_ERROR: self._error}
+
+
 class FixedGoal(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
     """A gymnasium-robotics maze whose goal stands at `goal` [2] after each reset; the start keeps its noise."""
 
@@ -272,6 +309,10 @@ class ActionRepeat(gymnasium.Wrapper, gymnasium.utils.RecordConstructorArgs):
             if terminated or truncated:
                 break
         return observation, total, terminated, truncated, info
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _flatten(observations: np.ndarray | dict, config: trajectories.DataConfig) -> np.ndarray:

@@ -59,6 +59,12 @@ class TrainConfig:
             raise ValueError(
                 f"train.learning_rate={self.learning_rate} and train.grad_clip={self.grad_clip} must be positive."
             )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"train.{name}={getattr(self, name)} must be in [0, 1).")
+        for name in ("weight_decay", "warmup_tokens", "final_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"train.{name}={getattr(self, name)} must not be negative.")
         if self.input_noise < 0 or (self.input_noise > 0) != (self.input_noise_steps > 0):
             raise ValueError(
                 f"train.input_noise={self.input_noise} and train.input_noise_steps={self.input_noise_steps} must both "

@@ -221,7 +221,10 @@ def action_bounds(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
         ones = np.ones(trajectories.actions.shape[1], np.float32)
         return -ones, ones
     if columns.is_discrete.any():
-        raise ValueError(f"the actions of {trajectories.dataset_id} are discrete; Q-learning here needs a Box of them.")
+        raise ValueError(
+            f"the actions of {trajectories.dataset_id} are discrete, Q-learning here needs a Box of them; "
+            "the transformer plans without it, by predicted returns or by likelihood."
+        )
     widest = np.maximum(np.abs(trajectories.actions).max(axis=0), 1.0)
     is_bounded = np.isfinite(columns.low) & np.isfinite(columns.high)
     low, high = np.where(is_bounded, columns.low, -widest), np.where(is_bounded, columns.high, widest)

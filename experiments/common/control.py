@@ -223,7 +223,7 @@ def play(
             return actions
 
         def on_finish(episode):
-            returns.append(episode.total_reward)
+            returns.extend([] if episode.error else [episode.total_reward])
             progress.update()
 
         episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
@@ -248,6 +248,22 @@ def summarize(episodes: Sequence[rollouts.Episode], reference: tuple[float, floa
         **{name: mean_and_error(values) for name, values in columns.items()},
         "episodes": [{"seed": episode.seed} | row for episode, row in zip(episodes, rows, strict=True)],
     }
+
+
+def without_failures(episodes: Sequence[rollouts.Episode]) -> tuple[list[rollouts.Episode], list[dict]]:
+    """Split off the episodes in which the environment failed, as dicts: the seed, the steps before, what it raised.
+
+    Raises entry.Failed if none is left.
+    """
+    failures = [{"seed": each.seed, "length": each.length, "error": each.error} for each in episodes if each.error]
+    if len(failures) == len(episodes):
+        raise entry.Failed(f"the environment failed in all episodes, first {tell_failure(failures[0])}.")
+    return [each for each in episodes if not each.error], failures
+
+
+def tell_failure(failure: dict) -> str:
+    """Say in which episode, where in it and how the environment failed."""
+    return f"with seed {failure['seed']} after {failure['length']} steps: {failure['error']}"
 
 
 def mean_and_error(values: Sequence[float | None]) -> dict:

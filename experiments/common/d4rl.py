@@ -135,8 +135,8 @@ def unbounded_space(values) -> gymnasium.Space:
 def _read(path, *, goal_maze):
     needed = ["observations", "actions", "rewards", "terminals"] + ["infos/goal"] * goal_maze
     found, arrays = _load(path, [*needed, "timeouts", "next_observations"])
-    if zipfile.is_zipfile(path) and found.isdisjoint({"rewards", "timeouts"}) and "terminals" in arrays:
-        logging.warning("%s has OGBench's layout, without rewards: they are 0 here, which plans cannot maximise.", path)
+    is_ogbench = zipfile.is_zipfile(path) and found.isdisjoint({"rewards", "timeouts"}) and "terminals" in arrays
+    if is_ogbench:
         ends = arrays["terminals"]
         arrays |= {"rewards": np.zeros(len(ends)), "timeouts": ends, "terminals": np.zeros_like(ends)}
     if missing := [name for name in needed if name not in arrays]:
@@ -146,6 +146,8 @@ def _read(path, *, goal_maze):
     lengths = {name: len(array) for name, array in arrays.items()}
     if len(set(lengths.values())) > 1 or not lengths["rewards"]:
         raise ValueError(f"The arrays of {path} must have one length of at least 1, got {lengths}.")
+    if is_ogbench:
+        logging.warning("%s has OGBench's layout, without rewards: they are 0 here, which plans cannot maximise.", path)
     arrays["rewards"] = arrays["rewards"].reshape(-1)
     for name in {"terminals", "timeouts"} & arrays.keys():
         arrays[name] = arrays[name].reshape(-1).astype(bool)

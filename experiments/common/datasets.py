@@ -65,6 +65,10 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
     """
     settings = with_keys(config.dataset, data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=settings, download=download)
+    if settings.step >= (longest := np.diff(loaded.offsets).max()):
+        raise entry.UsageError(
+            f"data.step={settings.step} must be less than the {longest} steps of the longest episode."
+        )
     settings = dataclasses.replace(settings, max_path_length=loaded.max_path_length)
     spec = types.TransitionSpec(
         observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
@@ -125,8 +129,6 @@ def _fit(loaded, values, settings) -> tokenization.Discretizer:
 
 def _split(loaded, fraction, seed):
     """Hold out a share of the episodes, none if a part would be left without windows."""
-    if not 0 <= fraction < 1:
-        raise entry.UsageError(f"data.eval_fraction={fraction} must be in [0, 1).")
     lengths = np.diff(loaded.offsets)
     order = np.random.default_rng(seed).permutation(len(lengths))
     num_held_out = round(fraction * len(order))

@@ -21,6 +21,7 @@ import re
 import signal
 import subprocess
 import sys
+import typing
 from logging import StreamHandler
 
 import jax
@@ -56,6 +57,10 @@ class UsageError(ValueError):
     """A mistake of the caller, told in one line."""
 
 
+class Failed(Exception):
+    """Work that could not be done in full, told in one line; what was done is saved."""
+
+
 class Interrupted(Exception):
     """Raised when the run ends early with its state saved."""
 
@@ -81,6 +86,9 @@ def _parse_flags(argv):
             raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
         if rest[1:]:
             raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"flag --{name}={value}: must be finite.")
 
     if code := _exit_code(parse):
         sys.exit(code)
@@ -104,7 +112,7 @@ def _exit_code(*functions):
         return _report(error, INTERRUPTED)
     except ValueError as error:
         return _report(error, USAGE)
-    except (OSError, FloatingPointError) as error:
+    except (Failed, OSError, FloatingPointError) as error:
         return _report(error, FAILED)
     except KeyboardInterrupt:
         return _report("interrupted; nothing was saved.", FAILED)
@@ -124,6 +132,8 @@ def _start():
         if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
             raise UsageError("--coordinator_address needs --num_processes and --process_id.")
         jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
+        raise UsageError("--num_processes and --process_id need --coordinator_address.")
     elif _DISTRIBUTED.value:
         jax.distributed.initialize()
     default_cache = str(pathlib.Path.home() / ".cache" / "tt_jax")
@@ -218,10 +228,21 @@ def to_dataclass(cls, config, **extra):
     known = {field.name for field in dataclasses.fields(cls)}
     for name in fields.keys() - known:
         raise UsageError(f"{cls.__name__} has no field {name!r}; it has {sorted(known)}.")
+    for field in dataclasses.fields(cls):
+        if typing.get_origin(field.type) is tuple and field.name in fields:
+            _check_elements(field.name, fields[field.name], typing.get_args(field.type))
     try:
         return cls(**fields)
     except TypeError as error:
         raise UsageError(f"{cls.__name__}: {error}.") from error
+
+
+def _check_elements(name, values, types):
+    """Raise UsageError unless `values` are of the `types` of a tuple's annotation; configurations do not check them."""
+    kind, size = types[0], len(types) if types[-1] is not Ellipsis else None
+    is_right = all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+    if not is_right or size not in (None, len(values)):
+        raise UsageError(f"{name}={values} must consist of {size or 'any number of'} values of type {kind.__name__}.")
 
 
 def _check_same_run(old, new, workdir):
@@ -235,6 +256,16 @@ def _check_same_run(old, new, workdir):
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."
             )
+
+
+def make_folder(folder, *, flag):
+    """Make a folder for the value of a `flag`; raises UsageError if no files can be written there."""
+    try:
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as error:
+        raise UsageError(f"--{flag}={folder} cannot be written: {error}.") from error
 
 
 def write_json(path, value):

@@ -28,18 +28,20 @@ def explained(what: str, settings: str) -> Iterator[None]:
         raise ValueError(f"{what} does not fit the memory ({reason}); {settings}.") from error
 
 
-def check(fn: Callable[..., Any], *arguments: Any) -> None:
-    """Compile `fn`, of `jax.jit` or `data_parallel.over_devices`, and raise TooLarge if it needs more than is free.
+def check(fn: Callable[..., Any], *arguments: Any) -> int:
+    """Compile `fn`, of `jax.jit` or `data_parallel.over_devices`, and return the bytes it needs beside `arguments`.
 
-    The `arguments`, arrays or their shapes, count as placed already. A call with the same ones compiles nothing again.
+    Raises TooLarge if that is more than is free on a device. A call with arguments of the same shapes compiles nothing
+    again. On a backend that does not say what it needs this is 0.
     """
     found = fn.lower(*arguments).compile().memory_analysis()
-    if found is None:  # a backend that does not say
-        return
+    if found is None:
+        return 0
     needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     free = free_bytes()
     if needed > free:
         raise TooLarge(f"it needs {needed / _GIB:.3g} GiB, {free / _GIB:.3g} GiB are free on a device")
+    return needed
 
 
 def guarded(fn: Callable[..., Any], what: str, settings: str) -> Callable[..., Any]:

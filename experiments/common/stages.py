@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, figures, recording, transformer_run
+from experiments.common import control, datasets, entry, figures, recording, settings, transformer_run
 from tt_jax import checkpoints, rollouts, sequence_planner
 
 
@@ -36,7 +36,9 @@ class Experiment:
 def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset: str | None) -> Experiment:
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
     preemption = entry.Preemption()
+    settings.checked(config)
     config.seed, config.dataset = seed, dataset or config.dataset
+    entry.make_folder(workdir, flag="workdir")
     return Experiment(config, pathlib.Path(workdir), preemption)
 
 

@@ -57,10 +57,11 @@ def run(
         return
     state, store, seed = place(state), place(store), data_parallel.replicate(np.uint32(seed))
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(fresh.params))
-    logging.info("%s parameters; a step takes %s", f"{num_parameters:,}", step_sizes)
     explained = functools.partial(memory.explained, f"a step of {step_sizes}", memory_settings)
     with explained():
-        memory.check(train_fn, state, store, seed, data_parallel.replicate(np.int32(1)))
+        needed = memory.check(train_fn, state, store, seed, data_parallel.replicate(np.int32(1)))
+    size = f"{needed / 2**30:.2g} GiB of memory"
+    logging.info("%s parameters; a step takes %s and %s", f"{num_parameters:,}", step_sizes, size)
     metrics = entry.MetricsWriter(workdir, resume_step=step)
     notes = []
     progress = tqdm.tqdm(

@@ -10,15 +10,12 @@ from tt_jax import data_parallel, training, trajectories, transformer
 
 def train(config, workdir, *, preemption, download=False):
     """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
-    if not 0 <= config.seed < 2**32:
-        raise entry.UsageError(f"seed={config.seed} must be in [0, 2**32).")
+    train_config = entry.to_dataclass(training.TrainConfig, config.train)
     data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
     num_windows = trajectories.num_windows(data.train.offsets)
     train_config = training.with_token_schedule(
-        entry.to_dataclass(training.TrainConfig, config.train),
-        num_windows=num_windows,
-        block_size=model_config.block_size,
+        train_config, num_windows=num_windows, block_size=model_config.block_size
     )
     windows_fn = functools.partial(
         trajectories.windows, spec=data.spec, config=data.config, max_transitions=model_config.max_transitions
