@@ -29,6 +29,7 @@ NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned to
 SEED = run_flags.seed(help="Seed of the planner and of the first episode; each further one adds 1.", upper_bound=2**31)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
+DRAW = flags.DEFINE_string("draw", None, "Folder for pictures of all beams of some plans of the first episode.")
 PLANNER = flags.DEFINE_enum(
     "planner", "reward", list(planners.PLANNERS), "How actions are found, see docs/planners.md."
 )
@@ -80,18 +81,13 @@ def main(_):
     checked = environment_check.check(
         envs.envs[0], run["dataset"], low=bounds[:, 0], high=bounds[:, -1], seeds=seeds, config=data_config
     )
+    drawing = DRAW.value and _open_drawing(DRAW.value, planner, plan_config.horizon)
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
-    policy = control.plan_policy(
-        checkpoint,
-        plan_config,
-        seed=SEED.value,
-        max_batch=envs.num_envs,
-        learners=learners,
-        planner=planner,
-        search_config=search_config,
-    )
+    choice = {"seed": SEED.value, "learners": learners, "planner": planner, "search_config": search_config}
+    make_policy = functools.partial(control.plan_policy, checkpoint, plan_config, **choice)
+    policy = make_policy(max_batch=envs.num_envs)
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
@@ -121,12 +117,35 @@ def main(_):
     entry.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=episodes[0].seed, actions=episodes[0].actions)
+    if drawing:
+        drawing.draw_plans(
+            DRAW.value,
+            episodes[0],
+            checkpoint=checkpoint,
+            make_env=make_env,
+            make_policy=make_policy,
+            replan_every=plan_config.replan_every,
+            score_name="log-likelihood" if planner == "likelihood" else "predicted return",
+        )
     _print_table(results)
     if failures:
         raise entry.Failed(
             f"the environment failed in {len(failures)} of {NUM_EPISODES.value} episodes, first "
             f"{control.tell_failure(failures[0])}; the others are in {OUT.value}."
         )
+
+
+def _open_drawing(folder, planner, horizon):
+    """Return the module that draws; what prevents pictures is reported before the work."""
+    if not planners.PLANNERS[planner].keeps_beams:
+        able = ", ".join(each for each in planners.PLANNERS if planners.PLANNERS[each].keeps_beams)
+        raise ValueError(f"--draw={folder} shows the beams of a search; plan with --planner={able}.")
+    try:
+        from experiments.common import drawing
+    except ImportError as error:
+        raise ValueError(f"--draw={folder} needs the plots extra: {error}.") from error
+    drawing.check(folder, horizon=horizon)
+    return drawing
 
 
 def _result_file() -> pathlib.Path:

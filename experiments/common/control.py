@@ -130,17 +130,18 @@ def plan_policy(
     learners: types.Params | None = None,
     planner: str = "reward",
     search_config: action_planner.SearchConfig = _SEARCH_DEFAULTS,
+    keep_beams: bool = False,
     on_plan: Callable[[types.PlanOutput], None] = lambda output: None,
 ) -> rollouts.Policy:
     """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
 
     `planner` is one of `planners.PLANNERS`, to which `plan_config` is adapted. "likelihood" imitates, or goes to the
     goal that the environment set if the model was trained with goals; "mppi" and "cem" start from the last plan.
-    `on_plan` sees what each call of the planner returns.
+    `on_plan` sees what each call of the planner returns, with `keep_beams` the tokens of all final beams, too.
     """
     model = checkpoint.config
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
-    settings = {"config": model, "plan_config": plan_config, "search_config": search_config}
+    settings = {"config": model, "plan_config": plan_config, "search_config": search_config, "keep_beams": keep_beams}
     plan_fn = memory.guarded(
         jax.jit(planners.make_plan_fn(planner, guided=learners is not None, **settings)),
         f"a plan with beam_width={plan_config.beam_width}, num_expand={plan_config.num_expand}, horizon="

@@ -21,6 +21,7 @@ class Planner:
 
     make_plan_fn: Callable[..., Callable[..., types.PlanOutput]]
     takes_q: bool = True
+    keeps_beams: bool = False  # returns all final beams if asked by `keep_beams`
     refines: bool = False  # the last plan, its argument `initial`; it takes `search_config`, too
     adapt: Callable[[PlanConfig], PlanConfig] = lambda plan_config: plan_config  # to what the planner can
     extra: str | None = None  # of setup.py, a library of the same name, without which it cannot be made
@@ -43,8 +44,8 @@ def _without_search(policy):
 
 
 PLANNERS = {
-    "reward": Planner(sequence_planner.make_plan_fn),
-    "likelihood": Planner(likelihood_search.make_likelihood_plan_fn, takes_q=False),
+    "reward": Planner(sequence_planner.make_plan_fn, keeps_beams=True),
+    "likelihood": Planner(likelihood_search.make_likelihood_plan_fn, takes_q=False, keeps_beams=True),
     "shoot": Planner(action_planner.make_shoot_plan_fn),
     "mppi": Planner(action_planner.make_mppi_plan_fn, refines=True),
     "cem": Planner(action_planner.make_cem_plan_fn, refines=True),
@@ -62,10 +63,12 @@ def make_plan_fn(
     plan_config: PlanConfig,
     search_config: action_planner.SearchConfig,
     guided: bool,
+    keep_beams: bool = False,
 ) -> Callable[..., types.PlanOutput]:
     """Return the plan_fn of a planner, `guided` by the Q of `PlannerParams.extra`; raises ValueError if it cannot."""
     planner = PLANNERS[name]
     settings = {"search_config": search_config} if planner.refines else {}
+    settings |= {"keep_beams": True} if keep_beams else {}
     settings |= sequence_planner.guide_by_q(discount=plan_config.discount) if guided else {}
     return planner.make_plan_fn(config=config, plan_config=plan_config, **settings)
 
