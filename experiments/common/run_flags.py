@@ -45,3 +45,10 @@ num_episodes = functools.partial(
 num_envs = functools.partial(
     flags.DEFINE_integer, "num_envs", help="Environments that are played in step.", lower_bound=1
 )
+minutes = functools.partial(
+    flags.DEFINE_float,
+    "minutes",
+    None,
+    "Train for so long on this machine: a step is measured, and the updates and the schedule are set once for the run.",
+    lower_bound=0.001,
+)
