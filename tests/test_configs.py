@@ -19,6 +19,7 @@ CONFIGS = {
 }
 STORED = json.loads((pathlib.Path(__file__).parent / "data" / "configs.json").read_text())
 NEWER = {  # fields that not every configuration had when it was stored
+    "model.attention": "auto",
     "model.goal_conditioned": False,
     "model.reference_goal_mask": False,
     "plan.share_ancestors": True,
@@ -40,6 +41,10 @@ COMPUTED = {  # fields of records that the data or another field brings
 }
 
 
+FAST = {
+    **{f"{name}-fast": locomotion.get_config(f"{name}-fast") for name in LOCOMOTION},
+    **{f"antmaze-{name}-fast": antmaze.get_config(f"{name}-fast") for name in antmaze.MAZES},
+}
 ANY_DATASET = {f"dataset-{size}": dataset.get_config(size) for size in dataset.SIZES}  # has no score to keep
 
 
@@ -59,7 +64,7 @@ def test_every_field_is_what_is_stored(name):
     assert set(STORED) == {"common", *CONFIGS}
 
 
-@pytest.mark.parametrize("config", (CONFIGS | ANY_DATASET).values(), ids=CONFIGS | ANY_DATASET)
+@pytest.mark.parametrize("config", (CONFIGS | FAST | ANY_DATASET).values(), ids=CONFIGS | FAST | ANY_DATASET)
 def test_every_field_belongs_to_a_record_and_makes_a_valid_one(config):
     assert set(config) == {"seed", "dataset", "eval", "table", *RECORDS}
     for part, record in RECORDS.items():
@@ -74,6 +79,19 @@ def test_every_field_belongs_to_a_record_and_makes_a_valid_one(config):
 def test_unknown_fields_fail(config):
     with pytest.raises(AttributeError, match="leraning_rate"):
         config.train.leraning_rate = 1.0
+
+
+def test_the_fast_ones_end_their_schedule_with_the_run_and_plan_as_the_paper():
+    for name, config in FAST.items():
+        tokens = {"hopper": 16, "halfcheetah": 25, "walker2d": 25, "ant": 37, "antmaze": 39}[name.split("-")[0]]
+        window = config.model.max_transitions * tokens - 1
+        assert config.train.final_tokens == config.train.num_steps * config.train.batch_size * window
+        assert 0 < config.train.warmup_tokens < config.train.final_tokens / 10
+        assert config.train.input_noise_steps < config.train.num_steps
+        if not name.startswith("antmaze"):
+            paper = CONFIGS[name.removesuffix("-fast")]
+            assert config.plan == paper.plan
+            assert config.dataset == paper.dataset and config.data == paper.data
 
 
 def test_lengths_of_training_are_those_of_the_paper():

@@ -129,6 +129,9 @@ def test_the_schedule_is_the_reference_s_also_where_its_cosine_rises_again(array
     clamped = training.learning_rate(arrays["schedule_tokens"], config=dataclasses.replace(config, clamp_cosine=True))
     np.testing.assert_allclose(clamped[beyond], 0.1, rtol=1e-6)
     np.testing.assert_array_equal(clamped[~beyond], got[~beyond])
+    other = training.TrainConfig(learning_rate=1.0, warmup_tokens=1, final_tokens=2)
+    as_arrays = training.learning_rate(arrays["schedule_tokens"], config=other, schedule=training.as_schedule(config))
+    np.testing.assert_allclose(as_arrays, got, rtol=1e-5)
 
 
 def test_the_schedule_is_filled_in_from_the_number_of_windows():

@@ -273,3 +273,36 @@ def test_the_loss_runs_under_transformations_with_dropout(arrays, params):
     check_transforms(
         lambda batch, key: transformer.loss(params, batch, config=CONFIG, dropout_key=key), batch, keys, rtol=1e-4
     )
+
+
+def test_fused_attention_has_the_loss_and_gradients_of_float32_within_bfloat16():
+    rng = np.random.default_rng(0)
+    no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
+    config = dataclasses.replace(CONFIG, num_layers=1, goal_conditioned=True, **no_dropout)
+    drawn = transformer.init(jax.random.key(0), config=config)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape).astype(np.float32), drawn)
+    tokens = rng.integers(0, SPEC.num_bins, (4, 4 * DIM)).astype(np.int32)
+    batch = types.Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=np.ones((4, 4 * DIM - 1), np.float32))
+    goal = tokens[:, : SPEC.observation_dim]
+    grad_fn = jax.jit(jax.value_and_grad(transformer.loss, has_aux=True), static_argnames="config")
+    found = {
+        name: grad_fn(params, batch, goal=goal, config=dataclasses.replace(config, dtype=dtype, attention=name))
+        for name, dtype in (("auto", "float32"), ("plain", "bfloat16"), ("fused", "bfloat16"))
+    }
+    (exact, _), exact_grads = found["auto"]
+    distances = {}
+    for name in ("plain", "fused"):
+        (loss, _), grads = found[name]
+        np.testing.assert_allclose(loss, exact, rtol=2**-8)
+        parts = jax.tree.map(lambda grad, expected: jnp.sum((grad - expected) ** 2), grads, exact_grads)
+        distances[name] = sum(jax.tree.leaves(parts)) ** 0.5
+    norm = sum(jnp.sum(grad**2) for grad in jax.tree.leaves(exact_grads)) ** 0.5
+    assert 0 < distances["fused"] < 0.03 * norm
+    assert distances["fused"] < 1.5 * distances["plain"]
+
+
+def test_fused_attention_is_refused_where_no_kernel_has_what_it_needs():
+    with pytest.raises(ValueError, match='needs dtype="bfloat16" and attention_dropout=0, got "float32" and 0.1'):
+        dataclasses.replace(CONFIG, attention="fused")
+    with pytest.raises(ValueError, match="must be one of auto, plain, fused"):
+        dataclasses.replace(CONFIG, attention="flash")

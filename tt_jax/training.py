@@ -82,6 +82,24 @@ class TrainState:
     tokens_seen: chex.Array  # [2] uint32, high and low word of the number of targets so far that are not stop
 
 
+@chex.dataclass(frozen=True)
+class Schedule:
+    """How long a run is, as arrays in place of its configuration's fields: one program serves runs of any length."""
+
+    warmup_tokens: chex.Array  # [] float32
+    final_tokens: chex.Array  # [] float32
+    input_noise_steps: chex.Array  # [] int32
+
+
+def as_schedule(config: TrainConfig) -> Schedule:
+    """Return the schedule of a configuration without zeros, see `with_token_schedule`."""
+    return Schedule(
+        warmup_tokens=np.float32(config.warmup_tokens),
+        final_tokens=np.float32(config.final_tokens),
+        input_noise_steps=np.int32(config.input_noise_steps),
+    )
+
+
 def with_token_schedule(config: TrainConfig, *, num_windows: int, block_size: int) -> TrainConfig:
     """Fill in what is 0 by the reference's schedule: warm-up over the tokens of one epoch, the floor after 20.
 
@@ -95,18 +113,21 @@ def with_token_schedule(config: TrainConfig, *, num_windows: int, block_size: in
     )
 
 
-def learning_rate(tokens_seen: chex.Numeric, *, config: TrainConfig) -> chex.Array:
+def learning_rate(tokens_seen: chex.Numeric, *, config: TrainConfig, schedule: Schedule | None = None) -> chex.Array:
     """Return the float32 rate after `tokens_seen` targets: linear warm-up, then a cosine that never falls below 10%.
 
     As in the reference the cosine rises again after `final_tokens` unless the configuration clamps it. (The very
-    first step of a run uses the full rate, which `update` sees to.)
+    first step of a run uses the full rate, which `update` sees to.) A `schedule` replaces that of the configuration.
     """
     tokens_seen = jnp.asarray(tokens_seen, jnp.float32)
-    progress = (tokens_seen - config.warmup_tokens) / max(1, config.final_tokens - config.warmup_tokens)
+    lengths = config if schedule is None else schedule
+    cosine_tokens = jnp.maximum(1.0, jnp.float32(lengths.final_tokens - lengths.warmup_tokens))
+    progress = (tokens_seen - lengths.warmup_tokens) / cosine_tokens
     if config.clamp_cosine:
         progress = jnp.minimum(progress, 1.0)
     cosine = jnp.maximum(0.1, 0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
-    multiplier = jnp.where(tokens_seen < config.warmup_tokens, tokens_seen / max(1, config.warmup_tokens), cosine)
+    warmup = tokens_seen / jnp.maximum(1.0, jnp.float32(lengths.warmup_tokens))
+    multiplier = jnp.where(tokens_seen < lengths.warmup_tokens, warmup, cosine)
     return config.learning_rate * multiplier
 
 
@@ -165,13 +186,14 @@ def update(
     config: TrainConfig,
     model_config: transformer.TransformerConfig,
     axis_name: str | None = None,
+    schedule: Schedule | None = None,
 ) -> tuple[TrainState, dict[str, chex.Array]]:
     """Do one step of the optimizer on `batch`, the device's equal share of the global batch if `axis_name` is given.
 
     `batch` is [B, T] int32, and `dropout_key` a key, one per row, or None for no dropout. The metrics, [] float32, are
     those of `transformer.loss`, means over the global batch before the step; grad_norm, before clipping; and
     learning_rate. Microbatches draw the same bits for dropout, and their gradients add up to the same but for rounding.
-    Raises ValueError if they do not divide the batch.
+    A `schedule` replaces that of the configuration. Raises ValueError if they do not divide the batch.
     """
     add_up = functools.partial(jax.lax.psum, axis_name=axis_name) if axis_name else lambda x: x
     num_positions = add_up(jnp.float32(batch.targets.size))
@@ -192,7 +214,8 @@ def update(
     real_targets = add_up(jnp.sum(batch.targets != model_config.spec.stop_token, dtype=jnp.uint32))
 
     tokens_seen = state.tokens_seen[0].astype(jnp.float32) * 2.0**32 + state.tokens_seen[1].astype(jnp.float32)
-    rate = jnp.where(state.step == 0, config.learning_rate, learning_rate(tokens_seen, config=config))
+    rate = learning_rate(tokens_seen, config=config, schedule=schedule)
+    rate = jnp.where(state.step == 0, config.learning_rate, rate)
     updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     low_word = state.tokens_seen[1] + real_targets
@@ -274,19 +297,21 @@ def make_train_fn(
     windows_fn: Callable[[trajectories.TokenStore, chex.Array], types.Batch],
     num_windows: int,
 ) -> Callable[..., tuple[TrainState, dict[str, chex.Array]]]:
-    """Return the data-parallel train_fn(state, store, seed, num_steps) -> (state, metrics).
+    """Return the data-parallel train_fn(state, store, seed, num_steps, schedule=None) -> (state, metrics).
 
     Arguments and results have a leading axis of the local devices (see `replicate`); the state is donated. `num_steps`
-    is traced, at most `config.steps_per_call`; metrics are [steps_per_call], of which the first `num_steps` count. How
-    a run is split into calls, and over how many devices, changes none of the random bits. `windows_fn(store, ids)`
-    gathers windows. Raises ValueError if the batch cannot be shared equally or the run is too long to count.
+    is traced, at most `config.steps_per_call`; metrics are [steps_per_call], of which the first `num_steps` count. A
+    `schedule`, by name, replaces that of the configuration. How a run is split into calls, and over how many devices,
+    changes none of the random bits. `windows_fn(store, ids)` gathers windows. Raises ValueError if the batch cannot be
+    shared equally or the run is too long to count.
     """
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
     _check_microbatches(config.microbatch_size or local_size, local_size)
 
-    def train(state, store, seed, num_steps):
+    def train(state, store, seed, num_steps, schedule=None):
+        lengths = config if schedule is None else schedule
         dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
         first = jax.lax.axis_index(data_parallel.AXIS) * local_size
         rows = first + jnp.arange(local_size)
@@ -296,11 +321,11 @@ def make_train_fn(
             batch = windows_fn(store, jax.lax.dynamic_slice_in_dim(ids, first, local_size))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(dropout_root, state.step), rows)
             if config.input_noise:
-                deviation = jnp.where(state.step < config.input_noise_steps, config.input_noise, 0.0)
+                deviation = jnp.where(state.step < lengths.input_noise_steps, config.input_noise, 0.0)
                 inputs = _add_noise(batch.inputs, keys, spec=model_config.spec, deviation=deviation)
                 batch = batch.replace(inputs=inputs)
             settings = {"config": config, "model_config": model_config, "axis_name": data_parallel.AXIS}
-            return update(state, batch, keys, **settings)
+            return update(state, batch, keys, schedule=schedule, **settings)
 
         return data_parallel.run_steps(one_step, state, num_steps, max_steps=config.steps_per_call)
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tt_jax import types
+from tt_jax import fused_attention, types
 
 _QUERY_BLOCKS = 4  # of causal attention: each reads only the keys up to its end, 5/8 of all pairs
+_ATTENTION = ("auto", "plain", "fused")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class TransformerConfig:
     value_weight: float = 1.0
     smooth_embedding: bool = False  # start with like embeddings for neighbouring bins, which learns faster
     dtype: str = "float32"  # of the matrix products but the last; softmax, norms and logits are float32 in any case
+    attention: str = "auto"  # of whole sequences: "plain", "fused" (one kernel on a GPU), or fused where that pays
     goal_conditioned: bool = False  # put one more observation, the goal, in front of the sequence
     remat: bool = False  # compute each block again for its gradient instead of keeping what is inside: less memory
     reference_goal_mask: bool = False  # hide the columns that the reference hides, which misses the value tokens
@@ -61,6 +63,13 @@ class TransformerConfig:
             raise ValueError(f"embed_dim={self.embed_dim} must be a multiple of num_heads={self.num_heads}.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f'dtype must be "float32" or "bfloat16", got "{self.dtype}".')
+        if self.attention not in _ATTENTION:
+            raise ValueError(f'attention="{self.attention}" must be one of {", ".join(_ATTENTION)}.')
+        if self.attention == "fused" and (self.dtype != "bfloat16" or self.attention_dropout):
+            raise ValueError(
+                f'attention="fused" needs dtype="bfloat16" and attention_dropout=0, got "{self.dtype}" and '
+                f'{self.attention_dropout}; "auto" takes it where it can.'
+            )
 
     @property
     def block_size(self) -> int:
@@ -77,6 +86,12 @@ class TransformerConfig:
     def precision(self) -> jax.lax.Precision:
         """float32 products are computed in float32 on every backend."""
         return jax.lax.Precision.HIGHEST if self.dtype == "float32" else jax.lax.Precision.DEFAULT
+
+    @property
+    def fuses_attention(self) -> bool:
+        """Whether attention is one kernel here, which has no dropout and computes in bfloat16."""
+        can = self.dtype == "bfloat16" and not self.attention_dropout and jax.default_backend() == "gpu"
+        return self.attention == "fused" or (self.attention == "auto" and can)
 
 
 AttendFn = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
@@ -165,15 +180,18 @@ class Transformer(nn.Module):
         self.head = Head(config)
 
     def __call__(self, tokens, goal=None, dropout_key=None, visible=None):
-        """Return the logits [B, T, V + 1] and the attention weights of each layer [B, H, G + T, G + T]."""
+        """Return the logits [B, T, V + 1], and of each layer the attention weights [B, H, G + T, G + T] or None."""
         length, config = tokens.shape[1], self.config
-        visible = visible_keys(config, length) if visible is None else visible
         dropout_fn = make_dropout(dropout_key, len(tokens))
         x = self.embed(tokens, np.arange(length) % config.spec.transition_dim, np.arange(length))
         if goal is not None:
             x = jnp.concatenate([self.embed_goal(goal), x], axis=1)
         x = dropout_fn(x, config.embedding_dropout)
-        attend_fn = functools.partial(attend_causally, visible=visible, dropout_fn=dropout_fn, config=config)
+        if config.fuses_attention and visible is None:
+            attend_fn = functools.partial(fused_attention.attend, hidden=_hidden_keys(config, length))
+        else:
+            visible = visible_keys(config, length) if visible is None else visible
+            attend_fn = functools.partial(attend_causally, visible=visible, dropout_fn=dropout_fn, config=config)
         x, weights = self.run_blocks(x, [attend_fn] * config.num_layers, dropout_fn)
         return self.head(self.norm(x[:, x.shape[1] - length :].astype(jnp.float32))), weights
 
@@ -290,6 +308,7 @@ def attention(
     Raises ValueError as `apply`.
     """
     _check_input(tokens, goal, config)
+    config = dataclasses.replace(config, attention="plain")
     weights = Transformer(config).apply({"params": params}, tokens, goal)[1]
     return jnp.stack(weights) if layer is None else weights[layer]
 
@@ -350,10 +369,15 @@ def visible_keys(config: TransformerConfig, length: int) -> np.ndarray:
 
     bool, for G = N goal tokens in front if the model is goal-conditioned, else 0.
     """
+    hidden = _hidden_keys(config, length)
+    return np.tri(len(hidden), dtype=bool) & ~hidden
+
+
+def _hidden_keys(config, length):
+    """Return which keys [G + T] no query sees."""
     goal_length = config.spec.observation_dim if config.goal_conditioned else 0
     index = np.arange(-goal_length, length)
-    is_hidden = (index % config.spec.transition_dim == config.hidden_dim) & (index >= 0)
-    return np.tri(goal_length + length, dtype=bool) & ~is_hidden
+    return (index % config.spec.transition_dim == config.hidden_dim) & (index >= 0)
 
 
 def make_dropout(rng_key: chex.PRNGKey | None, num_rows: int) -> DropoutFn:

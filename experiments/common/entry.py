@@ -43,7 +43,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
 # A checkpoint is of no use when one of these changes, but for the free fields.
 ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql", "train.optimizer")
-FREE_FIELDS = ("model.remat",)
+FREE_FIELDS = ("model.remat", "model.attention")
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(

@@ -4,18 +4,24 @@ Learner i has the seed config.seed + i. A checkpoint holds the learners' paramet
 without one where there is one seed.
 """
 
+import dataclasses
 import functools
+import time
 
 import jax
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, training_loop
+from experiments.common import control, datasets, entry, time_budget, training_loop
 from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
-def train(config, workdir, *, preemption, download=False):
-    """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
+def train(config, workdir, *, preemption, download=False, minutes=None):
+    """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop.
+
+    With `minutes` the updates are at most as many as this machine does in that time; they are kept with the run.
+    """
+    started = time.monotonic()
     train_config = entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
     if not 0 <= config.seed <= 2**32 - train_config.num_seeds:
         raise entry.UsageError(
@@ -26,32 +32,31 @@ def train(config, workdir, *, preemption, download=False):
     data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
     loaded = trajectories.load(config.dataset, config=data_config, download=download)
     transitions = trajectories.transitions(loaded)
-    settings = dict(config.iql)
-    has_cosine = settings.pop("actor_cosine")
-    iql_config = entry.to_dataclass(
-        iql.IQLConfig,
-        settings,
-        actor_cosine_steps=train_config.num_steps if has_cosine else 0,
-        observation_dim=loaded.observations.shape[1],
-        action_dim=loaded.actions.shape[1],
-    )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
-    units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
     run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
+    learners_fn = functools.partial(_learners, config, loaded, transitions)
 
-    def params_fn(params):
-        return jax.tree.map(lambda leaf: leaf[0], params) if train_config.num_seeds == 1 else params
+    def fit():
+        _, fresh, train_fn = learners_fn(train_config)
+        size = {"seed": config.seed, "max_steps": train_config.steps_per_call}
+        per_step, _ = time_budget.measure(train_fn, fresh, transitions, **size)
+        left = started + 60 * minutes - time.monotonic()
+        seconds, per_step = time_budget.agree(np.array([left, per_step]))
+        return time_budget.cut(train_config, seconds=seconds, per_step=per_step)
 
+    if minutes or time_budget.is_recorded(workdir):
+        numbers = time_budget.recorded(workdir, minutes, fit)
+        train_config = dataclasses.replace(train_config, **numbers)
+        run["iql_train"] |= numbers
+    iql_config, fresh, train_fn = learners_fn(train_config)
     training_loop.run(
         workdir,
         config=train_config,
-        fresh=iql_training.init(config.seed, config=train_config, iql_config=iql_config, units=units),
+        fresh=fresh,
         model={"config": iql_config, "tokenizer": None, "run": run},
         free_fields=("actor_cosine_steps",),
-        params_fn=params_fn,
-        train_fn=iql_training.make_train_fn(
-            config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
-        ),
+        params_fn=lambda params: params if train_config.num_seeds > 1 else jax.tree.map(lambda leaf: leaf[0], params),
+        train_fn=train_fn,
         store=transitions,
         seed=config.seed,
         evaluate=_make_evaluate(run, data_config, iql_config, preemption) if config.eval.num_episodes else None,
@@ -64,6 +69,23 @@ def train(config, workdir, *, preemption, download=False):
         f"({train_config.num_seeds}) or iql.hidden_dims ({iql_config.hidden_dims})",
         preemption=preemption,
     )
+
+
+def _learners(config, loaded, transitions, train_config):
+    """Return the static settings of the learners, their states before the first update, and what trains them."""
+    settings = dict(config.iql)
+    has_cosine = settings.pop("actor_cosine")
+    iql_config = entry.to_dataclass(
+        iql.IQLConfig,
+        settings,
+        actor_cosine_steps=train_config.num_steps if has_cosine else 0,
+        observation_dim=loaded.observations.shape[1],
+        action_dim=loaded.actions.shape[1],
+    )
+    units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
+    configs = {"config": train_config, "iql_config": iql_config}
+    fresh = iql_training.init(config.seed, units=units, **configs)
+    return iql_config, fresh, iql_training.make_train_fn(num_transitions=len(transitions.rewards), **configs)
 
 
 def _make_evaluate(run, data_config, iql_config, preemption):

@@ -99,6 +99,13 @@ num_windows = functools.partial(
 out = functools.partial(
     flags.DEFINE_string, "out", help="File for the numbers; a figure of the same name is beside it."
 )
+minutes = functools.partial(
+    flags.DEFINE_float,
+    "minutes",
+    None,
+    "Train for so long on this machine: a step is measured, and the updates and the schedule are set once for the run.",
+    lower_bound=0.001,
+)
 
 
 def fields(prefix: str, record: type) -> dict[str, flags.FlagHolder]:

@@ -1,15 +1,23 @@
 """Training of a Trajectory Transformer on a Minari dataset, from its configuration to checkpoints in a workdir."""
 
+import dataclasses
 import functools
+import time
 
 import jax
+import numpy as np
 
-from experiments.common import datasets, entry, training_loop
+from experiments.common import datasets, entry, time_budget, training_loop
 from tt_jax import data_parallel, training, trajectories, transformer
 
 
-def train(config, workdir, *, preemption, download=False):
-    """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
+def train(config, workdir, *, preemption, download=False, minutes=None):
+    """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop.
+
+    With `minutes` the number of updates and the schedule are set so that loading, compilation and training take that
+    long on this machine. They are kept with the run: it goes on with them, given minutes or not.
+    """
+    started = time.monotonic()
     train_config = entry.to_dataclass(training.TrainConfig, config.train)
     data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
@@ -31,16 +39,25 @@ def train(config, workdir, *, preemption, download=False):
             return data_parallel.unreplicate(eval_fn(state.params, held_out))
 
     init = functools.partial(training.init, config=train_config, model_config=model_config)
+    fresh, run = jax.jit(init)(jax.random.key(config.seed)), data.run
+    if minutes or time_budget.is_recorded(workdir):
+        ends = started + 60 * (minutes or 0)
+        measured = (train_config, train_fn, fresh, data.train, evaluate)
+        fit = functools.partial(_fit, *measured, seed=config.seed, ends=ends)
+        numbers = time_budget.recorded(workdir, minutes, fit)
+        train_config = dataclasses.replace(train_config, **numbers)
+        train_fn = _with_schedule(train_fn, train_config)
+        run = run | {"train": run["train"] | numbers}
     tokens_per_step = train_config.batch_size * model_config.block_size
     training_loop.run(
         workdir,
         config=train_config,
-        free_fields=("remat",),
-        fresh=jax.jit(init)(jax.random.key(config.seed)),
+        free_fields=("remat", "attention"),
+        fresh=fresh,
         model={
             "config": model_config,
             "tokenizer": data.tokenizer,
-            "run": data.run,
+            "run": run,
         },
         train_fn=train_fn,
         store=data.train,
@@ -66,3 +83,25 @@ def _memory_settings(train_config, model_config):
         f"({model_config.max_transitions}), or fewer observed dimensions ({model_config.spec.observation_dim}) by "
         "data.observation_keys or data.observation_slice"
     )
+
+
+def _with_schedule(train_fn, config):
+    """Hand the schedule to a train_fn as arrays, so that what was compiled to measure it trains, too."""
+    return functools.partial(train_fn, schedule=data_parallel.replicate(training.as_schedule(config)))
+
+
+def _fit(config, train_fn, fresh, store, evaluate, *, seed, ends):
+    """Measure a step and an evaluation, and return the fields that make the run end in time."""
+    train_fn = _with_schedule(train_fn, config)
+    per_step, state = time_budget.measure(train_fn, fresh, store, seed=seed, max_steps=config.steps_per_call)
+    per_evaluation = 0.0
+    if evaluate:
+        placed = training_loop.place(state)
+        evaluate(placed)  # compiles
+        before = time.monotonic()
+        evaluate(placed)
+        per_evaluation = time.monotonic() - before
+    tokens = int(state.tokens_seen[0]) * 2**32 + int(state.tokens_seen[1])
+    measured = np.array([ends - time.monotonic(), per_step, per_evaluation, tokens / int(state.step)])
+    names = ("seconds", "per_step", "per_evaluation", "tokens_per_step")
+    return time_budget.fit(config, **dict(zip(names, time_budget.agree(measured), strict=True)))

@@ -6,21 +6,24 @@ python -m experiments.plan --workdir=runs/ant_tt --iql_workdir=runs/ant_iql --nu
 
 or all of it with `python -m experiments.maze_table`. Selection: MAZE-DATA with umaze, umaze-diverse, medium-play,
 medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari, with the settings of the
-papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-cpu" at the end scales them to
+papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-fast" at the end is for
+minutes on a GPU (`experiments.reproduce`, docs/accelerators.md), with plans of several steps. "-cpu" scales them to
 hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q on two ant
 mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
 """
 
-from experiments.configs import maze
+from experiments.configs import base, maze
 
 MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
 
 
 def get_config(name="medium-diverse"):
-    """Return the settings of one dataset, such as "medium-diverse" or "medium-diverse-cpu"."""
-    maze_name = name.removesuffix("-cpu")
+    """Return the settings of one dataset, such as "medium-diverse", "medium-diverse-cpu" or "medium-diverse-fast"."""
+    maze_name = name.removesuffix("-cpu").removesuffix("-fast")
     if maze_name not in MAZES:
-        raise ValueError(f"no settings called {name!r}; choose one of {MAZES}, with -cpu for small ones")
+        raise ValueError(
+            f"no settings called {name!r}; choose one of {MAZES}, with -cpu for small ones, -fast for a GPU"
+        )
 
     config = maze.any_maze()
     config.dataset = f"D4RL/antmaze/{maze_name}-v1"
@@ -28,8 +31,21 @@ def get_config(name="medium-diverse"):
     config.train.batch_size = 128
     config.train.eval_every = config.train.checkpoint_every = 5_000
     if name.endswith("-cpu"):
+        _guide(config)
         _scale_down(config)
+    elif name.endswith("-fast"):
+        _guide(config)
+        config.model.max_transitions = 5  # all that the plans read
+        base.fast(config, transition_dim=39)
+        config.plan.horizon = 5
     return config
+
+
+def _guide(config):
+    """Let Q see far and choose among all actions."""
+    config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
+    config.eval.goal = (10.0, -10.0) if "medium" in config.dataset else ()
+    config.plan.action_cdf = 0.0
 
 
 def _scale_down(config):
@@ -52,14 +68,11 @@ def _scale_down(config):
     config.train.input_noise_steps = 51_000  # then without: a model that distrusts what it reads reacts too little
     config.train.eval_every = config.train.checkpoint_every = 4_000
 
-    config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
     config.iql_train.num_steps = 250_000
-    config.eval.goal = (10.0, -10.0) if "medium" in config.dataset else ()
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step
     config.plan.beam_width = 32
     config.plan.num_expand = 1
     config.plan.num_elites = 16  # means, since the noise of the data makes ants fall
-    config.plan.action_cdf = 0.0
     config.plan.context_transitions = 0  # the ant's own past adds nothing, see docs/guidance.md
     config.plan.window = (1, 0)

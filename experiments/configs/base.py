@@ -50,6 +50,31 @@ def get_config():
     return config.lock()
 
 
+def fast(config, *, transition_dim):
+    """Change `config`, of data with `transition_dim` tokens per transition, for minutes on a GPU.
+
+    bfloat16 and no dropout, so that attention is one kernel; Muon and smooth embeddings, which need fewer updates;
+    noise on the inputs against overfitting. Meant for `--minutes`, which fits the schedule to the machine.
+    """
+    config.model.dtype = "bfloat16"
+    config.model.smooth_embedding = True
+    config.model.embedding_dropout = 0.0
+    config.model.attention_dropout = 0.0
+    config.model.residual_dropout = 0.0
+
+    config.train.optimizer = "muon"
+    config.train.batch_size = 512
+    config.train.num_steps = 40_000
+    config.train.learning_rate = 3e-3
+    config.train.clamp_cosine = True
+    windows = config.train.num_steps * config.train.batch_size
+    config.train.final_tokens = windows * (config.model.max_transitions * transition_dim - 1)  # all updates
+    config.train.warmup_tokens = config.train.final_tokens // 50
+    config.train.input_noise = 5.0
+    config.train.input_noise_steps = config.train.num_steps * 17 // 20
+    config.train.steps_per_call = 500
+
+
 def _fields_of(record, *, without=()):
     """Return the fields of a dataclass with their defaults; those without one are sizes, which come with the data."""
     has_default = [field for field in dataclasses.fields(record) if field.default is not dataclasses.MISSING]

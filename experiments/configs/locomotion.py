@@ -7,6 +7,7 @@ python -m experiments.plan --workdir=DIR --num_episodes=15
 python -m experiments.train_iql --config=experiments/configs/locomotion.py:hopper-medium --workdir=DIR
 
 Selection: BODY-DATA with BODY halfcheetah, hopper, walker2d or ant and DATA medium, medium-replay or medium-expert.
+"-fast" at the end is for minutes on a GPU (`experiments.reproduce`, docs/accelerators.md).
 Minari hosts the medium datasets (for v5 of the environments); the others come from D4RL's files by way of
 `python -m experiments.import_d4rl`. About 200,000 updates, for one GPU: the paper took 6 to 12 hours on a V100. Not run
 to its end here; the README has Hopper at the scale of two CPU cores, where medians of 9,500 updates return 2254 ± 40.
@@ -14,13 +15,13 @@ to its end here; the README has Hopper at the scale of two CPU cores, where medi
 
 from experiments.configs import base
 
-BODIES = ("halfcheetah", "hopper", "walker2d", "ant")
+BODIES = {"halfcheetah": 25, "hopper": 16, "walker2d": 25, "ant": 37}  # tokens per transition
 DATA = ("medium", "medium-replay", "medium-expert")
 
 
 def get_config(name="hopper-medium"):
-    """Return the settings of one dataset, such as "hopper-medium"."""
-    body, _, data = name.partition("-")
+    """Return the settings of one dataset, such as "hopper-medium" or "hopper-medium-fast"."""
+    body, _, data = name.removesuffix("-fast").partition("-")
     if body not in BODIES or data not in DATA:
         raise ValueError(f"no settings called {name!r}; choose one of {[f'{b}-{d}' for b in BODIES for d in DATA]}")
 
@@ -34,6 +35,8 @@ def get_config(name="hopper-medium"):
     config.train.num_steps = windows // config.train.batch_size  # 1e6 / size x 50 (80) epochs of a dataset
     config.train.eval_every = config.train.checkpoint_every = 5_000
     config.plan.update(_plan_changes(body, data))
+    if name.endswith("-fast"):
+        base.fast(config, transition_dim=BODIES[body])
     return config
 
 
