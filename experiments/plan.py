@@ -18,9 +18,10 @@ import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, run_flags
-from tt_jax import environments, minari_files, rollouts, sequence_planner, spaces, transformer
+from tt_jax import checkpoints, environments, minari_files, rollouts, sequence_planner, spaces, transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to play, in place of the newest.", 0)
 IQL_WORKDIR = flags.DEFINE_string("iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans.")
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
 NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
@@ -69,7 +70,7 @@ PLAN = {
     field.name: flags.DEFINE(_PARSERS[type(field.default)], f"plan.{field.name}", None, "Replaces the run's setting.")
     for field in dataclasses.fields(sequence_planner.PlanConfig)
 }
-SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
+SETTINGS = (WORKDIR, STEP, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
 SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
@@ -81,7 +82,12 @@ def main(_):
             f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
             "the first below the second."
         )
-    checkpoint = control.restore(WORKDIR.value, transformer.TransformerConfig, program="train_tt")
+    preemption = entry.Preemption()
+    try:
+        model_class = transformer.TransformerConfig
+        checkpoint = control.restore(WORKDIR.value, model_class, program="train_tt", step=STEP.value)
+    except checkpoints.DamagedError as error:
+        raise ValueError(f"{error} --step plays another of {checkpoints.steps(WORKDIR.value)}.") from error
     run, model = checkpoint.run, checkpoint.config
     overrides = {name: flag.value for name, flag in PLAN.items() if flag.value is not None}
     learners = None
@@ -135,7 +141,10 @@ def main(_):
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
     seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
-    episodes, counts = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
+    with preemption.doing("plan"):
+        check_fn = functools.partial(preemption.check, "plan")
+        played = control.play(envs, policy, seeds=seeds, config=data_config, title="plan", check_fn=check_fn)
+    episodes, counts = played
     seconds = time.time() - compiled
 
     results = {

@@ -33,9 +33,9 @@ def make_env(
     return rollouts.FixedGoal(env, goal) if goal else env
 
 
-def restore(workdir: str, config_class: type, *, program: str) -> checkpoints.Checkpoint:
-    """Read the newest checkpoint of a run of `program`; one of another program is a ValueError."""
-    checkpoint = checkpoints.restore(workdir)
+def restore(workdir: str, config_class: type, *, program: str, step: int | None = None) -> checkpoints.Checkpoint:
+    """Read the newest checkpoint, or that of `step`, of a run of `program`; one of another program is a ValueError."""
+    checkpoint = checkpoints.restore(workdir, step)
     if not isinstance(checkpoint.config, config_class):
         name = type(checkpoint.config).__name__
         raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")

@@ -36,6 +36,7 @@ class Experiment:
 def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset: str | None) -> Experiment:
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
     preemption = entry.Preemption()
+    entry.hold(workdir)
     config.seed, config.dataset = seed, dataset or config.dataset
     return Experiment(config, pathlib.Path(workdir), preemption)
 
@@ -157,7 +158,8 @@ def play(
     envs = rollouts.vectorize(make_env, min(len(seeds), num_envs))
     config = datasets.data_config(experiment.config.data)
     check_fn = functools.partial(experiment.preemption.check, title)
-    played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
+    with experiment.preemption.doing(title):
+        played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
     envs.close()
     return played
 
