@@ -26,6 +26,7 @@ OVERWRITE = run_flags.overwrite()
 
 
 def main(_):
+    preemption = entry.Preemption()
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
     if not ENV.value.startswith("PointMaze_"):
         raise ValueError(f"--env={ENV.value} must be one of gymnasium-robotics' PointMaze_* environments.")
@@ -35,6 +36,7 @@ def main(_):
         for episode in waypoint_controller.episodes(env, max_noise=NOISE.value, seed=SEED.value):
             episodes.append(episode)
             progress.update(len(episode))
+            preemption.check("collect")
             if progress.n >= STEPS.value:
                 break
     recording.write(

@@ -20,9 +20,10 @@ import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, environment_check, planners, run_flags
-from tt_jax import action_planner, minari_files, rollouts, sequence_planner, spaces
+from tt_jax import action_planner, checkpoints, minari_files, rollouts, sequence_planner, spaces
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to play, in place of the newest.", 0)
 IQL_WORKDIR = run_flags.iql_workdir()
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
 NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
@@ -39,7 +40,7 @@ REFERENCE_MIN = flags.DEFINE_float("reference_min", None, "Return with the norma
 REFERENCE_MAX = flags.DEFINE_float("reference_max", None, "Return with the normalised score 100.")
 PLAN = run_flags.fields("plan", sequence_planner.PlanConfig)
 SEARCH = run_flags.fields("search", action_planner.SearchConfig)  # of mppi and cem
-SETTINGS = (WORKDIR, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
+SETTINGS = (WORKDIR, STEP, IQL_WORKDIR, PLANNER, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_EPISODE_STEPS, GOAL)
 SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
@@ -51,7 +52,14 @@ def main(_):
             f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
             "the first below the second."
         )
-    checkpoint, learners, plan_config = control.restore_planner(WORKDIR.value, IQL_WORKDIR.value, run_flags.given(PLAN))
+    preemption = entry.Preemption()
+    try:
+        given = run_flags.given(PLAN)
+        checkpoint, learners, plan_config = control.restore_planner(
+            WORKDIR.value, IQL_WORKDIR.value, given, step=STEP.value
+        )
+    except checkpoints.DamagedError as error:
+        raise ValueError(f"{error} --step plays another of {checkpoints.steps(WORKDIR.value)}.") from error
     run, model, planner = checkpoint.run, checkpoint.config, PLANNER.value
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
     search_config = action_planner.SearchConfig(**run_flags.given(SEARCH))
@@ -91,7 +99,10 @@ def main(_):
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
-    episodes, counts = control.play(envs, policy, seeds=seeds, config=data_config, title="plan")
+    with preemption.doing("plan"):
+        check_fn = functools.partial(preemption.check, "plan")
+        played = control.play(envs, policy, seeds=seeds, config=data_config, title="plan", check_fn=check_fn)
+    episodes, counts = played
     seconds = time.time() - compiled
     episodes, failures = control.without_failures(episodes)
 

@@ -116,3 +116,12 @@ def read_metrics(workdir) -> list[dict]:
     path = pathlib.Path(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def damage(workdir, step) -> None:
+    """Flip a bit in the arrays of a checkpoint."""
+    files = (pathlib.Path(workdir) / "checkpoints" / str(step) / "arrays").rglob("d/*")
+    path = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

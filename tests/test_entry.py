@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import ml_collections
 import numpy as np
 import pytest
 
-from experiments.common import entry
+from experiments.common import entry, metrics
 from tt_jax import checkpoints, types
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -22,7 +23,7 @@ PROGRAM = """
 import time
 from absl import flags
 from ml_collections import config_flags
-from experiments.common import entry
+from experiments.common import entry, metrics
 
 CONFIG = config_flags.DEFINE_config_file("config")
 MODE = flags.DEFINE_string("mode", "return", "What to do.")
@@ -36,6 +37,11 @@ def main(_):
         raise FloatingPointError("train/loss is nan at step 3.")
     if MODE.value == "bug":
         raise KeyError("unforeseen")
+    if MODE.value in ("hang", "busy"):
+        preemption = entry.Preemption()
+        print("waiting", flush=True)
+        with preemption.doing("a game" if MODE.value == "hang" else None):
+            time.sleep(600)
     if MODE.value == "wait":
         preemption = entry.Preemption()
         print("waiting", flush=True)
@@ -120,6 +126,29 @@ def test_a_signal_lets_the_run_save_and_exit_with_75(program, number):
     assert errors == "program: saved at step 7.\n"
 
 
+@pytest.mark.parametrize(
+    "mode, signals, message",
+    [
+        ("hang", 1, "stopped in 'a game', which did not answer; the same command does it again."),
+        ("busy", 2, "told to stop twice; what was saved before stays."),
+    ],
+)
+def test_a_signal_ends_what_does_not_answer(program, mode, signals, message):
+    command = [*program, f"--mode={mode}"]
+    with subprocess.Popen(command, env=_environment(), stdout=-1, stderr=-1, text=True) as process:
+        while "waiting" not in process.stdout.readline():
+            assert process.poll() is None
+        started = time.monotonic()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.6)
+            still_runs = process.poll() is None
+        _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 5
+    assert still_runs == (mode == "hang")  # once it may be busy with saving
+    assert (process.returncode, errors) == (75, f"program: {message}\n")
+
+
 def test_a_signal_to_one_of_two_processes_stops_both(program):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -160,7 +189,7 @@ def test_the_resolved_configuration_is_saved_and_frozen(tmp_path):
     with pytest.raises(AttributeError):
         config.seed = 1
     assert entry.read_config(tmp_path).to_dict() == config.as_configdict().to_dict() | {"data": {"keys": ["a", "b"]}}
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock"}
 
 
 def test_a_run_with_checkpoints_keeps_its_dataset_data_and_model(tmp_path):
@@ -214,13 +243,13 @@ def _lines(workdir):
 
 
 def test_metrics_beyond_the_restored_step_are_dropped(tmp_path):
-    writer = entry.MetricsWriter(tmp_path)
+    writer = metrics.MetricsWriter(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"train/loss": np.float32(step / 4)})
     writer.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 40, "train/lo')
-    writer = entry.MetricsWriter(tmp_path, resume_step=20)
+    writer = metrics.MetricsWriter(tmp_path, resume_step=20)
     writer.write(30, {"train/loss": 1.0})
     writer.close()
     assert _lines(tmp_path) == [
@@ -232,7 +261,7 @@ def test_metrics_beyond_the_restored_step_are_dropped(tmp_path):
 
 
 def test_a_metric_that_is_not_finite_names_itself_and_the_step(tmp_path):
-    writer = entry.MetricsWriter(tmp_path)
+    writer = metrics.MetricsWriter(tmp_path)
     with pytest.raises(FloatingPointError, match="train/loss is nan at step 5"):
         writer.write(5, {"time/seconds": 1.0, "train/loss": float("nan")})
     writer.close()

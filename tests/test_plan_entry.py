@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import gymnasium
 import jax
 import numpy as np
 import pytest
-from entry_points import MAZE
+from entry_points import MAZE, damage
 from PIL import Image
 
 from tt_jax import checkpoints, environments, tokenization, transformer, types
@@ -75,6 +76,17 @@ def test_settings_are_the_runs_and_those_of_the_flags(planned, trained):
     assert plan_settings["window"] == [3, 2]  # a flag of the training run
     assert plan_settings["action_cdf"] == 0.6  # of the configuration file
     assert plan_settings["discount"] == 0.99  # of the data
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_an_older_one_unasked(plan, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    damage(workdir, 420)
+    refused = plan(f"--workdir={workdir}", *SMALL)
+    assert refused.code == 2
+    assert "checkpoints/420 is damaged: " in refused.error
+    assert refused.error.endswith("--step plays another of [360, 400, 420].")
+    results, _ = run_plan(plan, f"--workdir={workdir}", *SMALL, "--step=400")
+    assert (results["checkpoint_step"], results["settings"]["step"]) == (400, 400)
 
 
 def test_the_number_of_environments_does_not_change_the_episodes(planned, plan, trained):

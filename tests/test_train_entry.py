@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,8 +14,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from entry_points import BOX, FAST_COMPILATION, MAZE, ROOT, read_metrics
+from entry_points import BOX, FAST_COMPILATION, MAZE, ROOT, damage, read_metrics
 
+from experiments.common import lock
 from tt_jax import checkpoints, tokenization, transformer, types
 
 pytest_plugins = ["entry_fixtures"]
@@ -149,6 +152,41 @@ def test_a_run_that_was_killed_in_its_first_save_starts_again(train, trained, tm
     assert killed.code == -signal.SIGKILL
     assert train(*command).code == 0
     assert_same_training(tmp_path, trained)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_the_damaged_one(train, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    damage(workdir, 420)
+    done = train(*MAZE, f"--workdir={workdir}")
+    assert done.code == 0, done.stderr
+    assert f"resuming {workdir} at step 400" in done.stdout
+    (line,) = (line for line in done.stderr.splitlines() if "damaged" in line)
+    assert "checkpoints/420 is damaged: " in line and line.endswith(f"Set aside as {workdir}/damaged/420.")
+    assert (workdir / "damaged" / "420" / "arrays").is_dir()
+    assert_same_training(workdir, trained)
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_leaves_what_was_there(train, tmp_path):
+    child = train.start(*MAZE, f"--workdir={tmp_path}", "--config.train.num_steps=4000")
+    while (checkpoints.latest_step(tmp_path) or 0) < 80:
+        assert pathlib.Path(f"/proc/{child}/cwd").exists(), (train.folder / "stderr").read_text()
+        time.sleep(0.01)
+    resource.prlimit(child, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    started = time.monotonic()
+    done = train.wait()
+    assert (done.code, time.monotonic() - started < 10) == (1, True)
+    assert done.error.startswith("train_tt: ") and "Traceback" not in done.stderr
+    assert checkpoints.restore(tmp_path).step >= 80
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert lines and all(line.endswith("\n") and json.loads(line) for line in lines)
+
+
+def test_a_workdir_that_another_process_writes_is_refused(train, tmp_path):
+    lock.hold(tmp_path)
+    done = train(*MAZE, f"--workdir={tmp_path}")
+    assert done.code == 2
+    assert f"{tmp_path} is written by process {os.getpid()} on " in done.error
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 # Devices

@@ -34,6 +34,10 @@ class Checkpoint:
     run: Any  # JSON values: how the run was made
 
 
+class DamagedError(ValueError):
+    """Raised for a checkpoint that is there and cannot be read as it was written."""
+
+
 class Writer:
     """Save the checkpoints of one run in the background and keep the newest `keep` of them.
 
@@ -80,6 +84,11 @@ class Writer:
         with _write_errors(self._directory):
             self._manager.save(step, args=items, force=True)
 
+    def check(self):
+        """Raise OSError if a save that ended in the background has failed."""
+        with _write_errors(self._directory):
+            self._manager.check_for_errors()
+
     def wait(self):
         """Wait until every checkpoint is complete on disk; raises OSError if one could not be written."""
         with _write_errors(self._directory):
@@ -105,15 +114,15 @@ def restore(workdir, step=None, *, state_template=None) -> Checkpoint:
 
     `state_template` is a pytree of arrays or shapes in whose structure the state is returned, such as a fresh optimizer
     state; its names, shapes and dtypes must be those of the saved state. Raises ValueError if there is no such
-    checkpoint, if it is damaged, or if the template does not fit.
+    checkpoint or if the template does not fit, and DamagedError, which is one, if the checkpoint is damaged.
     """
     directory = _directory(workdir)
-    steps = _steps(workdir)
-    if not steps:
+    saved = steps(workdir)
+    if not saved:
         raise ValueError(f"no checkpoint in {directory}; train with this workdir first.")
-    if step is not None and step not in steps:
-        raise ValueError(f"no checkpoint of step {step} in {directory}; it holds the steps {steps}.")
-    step = steps[-1] if step is None else step
+    if step is not None and step not in saved:
+        raise ValueError(f"no checkpoint of step {step} in {directory}; it holds the steps {saved}.")
+    step = saved[-1] if step is None else step
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), settings=ocp.args.JsonRestore())
     options = ocp.CheckpointManagerOptions(create=False)
     try:
@@ -121,13 +130,15 @@ def restore(workdir, step=None, *, state_template=None) -> Checkpoint:
             restored = manager.restore(step, args=items)
         arrays = traverse_util.flatten_dict(restored.arrays, sep="/")
         expected = restored.settings.pop("checksums")
+    except MemoryError:
+        raise
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise ValueError(_damaged(directory / str(step), _one_line(error))) from error
+        raise DamagedError(_damaged(directory / str(step), _one_line(error))) from error
     settings = restored.settings
     found = _checksums(arrays, settings)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise ValueError(_damaged(directory / str(step), f"the checksum of {name!r} is wrong"))
+            raise DamagedError(_damaged(directory / str(step), f"the checksum of {name!r} is wrong"))
     arrays = _rename_networks(arrays)
 
     tokenizer = None
@@ -148,19 +159,45 @@ def restore(workdir, step=None, *, state_template=None) -> Checkpoint:
     )
 
 
+def restore_newest(workdir, *, state_template=None) -> tuple[Checkpoint, dict[int, DamagedError]]:
+    """Read the newest checkpoint that is not damaged; also return what is wrong with later ones, by step.
+
+    Errors are those of `restore`, DamagedError if none can be read.
+    """
+    damaged = {}
+    for step in reversed(steps(workdir)):
+        try:
+            return restore(workdir, step, state_template=state_template), damaged
+        except DamagedError as error:
+            damaged[step] = error
+    if damaged:
+        raise DamagedError(f"no checkpoint in {_directory(workdir)} can be read: {damaged[max(damaged)]}")
+    return restore(workdir), damaged  # raises what is missing
+
+
+def set_aside(workdir, step) -> pathlib.Path:
+    """Move a damaged checkpoint out of the way, to `workdir`/damaged, and return where it is."""
+    folder = pathlib.Path(workdir).absolute() / "damaged"
+    folder.mkdir(exist_ok=True)
+    target = folder / str(step)
+    while target.exists():  # this step was damaged before
+        target = target.with_name(f"{target.name}_")
+    return (_directory(workdir) / str(step)).rename(target)
+
+
 def latest_step(workdir) -> int | None:
     """Return the newest complete checkpoint's step, or None if there is none."""
-    return max(_steps(workdir), default=None)
+    return max(steps(workdir), default=None)
+
+
+def steps(workdir) -> list[int]:
+    """List the steps of the complete checkpoints, ascending."""
+    name_format = ocp.path.step.standard_name_format()
+    return sorted(metadata.step for metadata in name_format.find_all(_directory(workdir)))
 
 
 def _directory(workdir):
     return pathlib.Path(workdir).absolute() / "checkpoints"
-
-
-def _steps(workdir):
-    """List the steps of the complete checkpoints, ascending."""
-    name_format = ocp.path.step.standard_name_format()
-    return sorted(metadata.step for metadata in name_format.find_all(_directory(workdir)))
 
 
 @contextlib.contextmanager
@@ -178,7 +215,7 @@ def _one_line(error):
 
 
 def _damaged(path, reason):
-    return f"checkpoint {path} is damaged: {reason}; delete this folder to go on from the checkpoint before it."
+    return f"checkpoint {path} is damaged: {reason}; training goes on from the one before."
 
 
 # Arrays

@@ -46,9 +46,9 @@ def make_env(
     return rollouts.FixedGoal(env, goal) if goal else env
 
 
-def restore(workdir: str, config_class: type, *, program: str) -> checkpoints.Checkpoint:
-    """Read the newest checkpoint of a run of `program`; one of another program is a ValueError."""
-    checkpoint = checkpoints.restore(workdir)
+def restore(workdir: str, config_class: type, *, program: str, step: int | None = None) -> checkpoints.Checkpoint:
+    """Read the newest checkpoint, or that of `step`, of a run of `program`; one of another program is a ValueError."""
+    checkpoint = checkpoints.restore(workdir, step)
     if not isinstance(checkpoint.config, config_class):
         name = type(checkpoint.config).__name__
         raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")
@@ -82,14 +82,14 @@ def stack_learners(params: types.Params) -> types.Params:
 
 
 def restore_planner(
-    workdir: str, iql_workdir: str | None, overrides: dict
+    workdir: str, iql_workdir: str | None, overrides: dict, *, step: int | None = None
 ) -> tuple[checkpoints.Checkpoint, types.Params | None, sequence_planner.PlanConfig]:
-    """Read a run of train_tt and, if `iql_workdir` is given, the learners whose Q is to guide its plans.
+    """Read a run of train_tt, its newest checkpoint or that of `step`, and the learners whose Q is to guide its plans.
 
     The settings of planning are those of the run with `overrides`; the discount is that of Q, or of the data. Raises
     ValueError if these do not suit each other.
     """
-    checkpoint = restore(workdir, transformer.TransformerConfig, program="train_tt")
+    checkpoint = restore(workdir, transformer.TransformerConfig, program="train_tt", step=step)
     run, learners = checkpoint.run, None
     settings = {"discount": run["data"]["discount"]} | run["plan"]
     if iql_workdir:

@@ -1,4 +1,4 @@
-"""What every entry point shares: flags and configurations, one-line errors, exit codes, preemption and metrics.
+"""What every entry point shares: flags and configurations, one-line errors, exit codes and preemption.
 
     CONFIG = config_flags.DEFINE_config_file("config")
 
@@ -12,15 +12,20 @@ Exit codes: 0 done; 2 the caller's mistake, with one line on stderr; 75 interrup
 1 anything else.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
 import pathlib
 import re
+import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 import typing
 from logging import StreamHandler
 
@@ -31,19 +36,19 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 import tt_jax
-from experiments.common import memory
+from experiments.common import lock, memory, supervision
 from tt_jax import checkpoints
-
-try:
-    import tensorboardX
-except ImportError:
-    tensorboardX = None
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
 
 # A checkpoint is of no use when one of these changes, but for the free fields.
 ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql", "train.optimizer")
 FREE_FIELDS = ("model.remat", "model.attention")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ANSWER_SECONDS = 3.0  # after a signal, for what may hang
+HEARTBEAT_SECONDS = 30  # without a sign of life another process is lost
+SAME_SIGNAL_SECONDS = 0.5  # two signals in this time are one
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(
@@ -70,7 +75,7 @@ def run(main_fn):
 
     What the entry points log as information goes to stdout. `--verbosity=1` shows the traceback behind an error.
     """
-    app.run(lambda argv: _exit_code(_start, lambda: main_fn(argv)), flags_parser=_parse_flags)
+    app.run(lambda argv: _together(lambda: _exit_code(_start, lambda: main_fn(argv))), flags_parser=_parse_flags)
 
 
 def _parse_flags(argv):
@@ -110,10 +115,12 @@ def _exit_code(*functions):
                 function()
     except Interrupted as error:
         return _report(error, INTERRUPTED)
-    except ValueError as error:
-        return _report(error, USAGE)
-    except (Failed, OSError, FloatingPointError) as error:
-        return _report(error, FAILED)
+    except Exception as error:
+        if _is_distributed() and supervision.is_loss(error):
+            return supervision.LOST  # the parent says so
+        if not isinstance(error, ValueError | Failed | OSError | FloatingPointError):
+            raise
+        return _report(error, USAGE if isinstance(error, ValueError) else FAILED)
     except KeyboardInterrupt:
         return _report("interrupted; nothing was saved.", FAILED)
     return DONE
@@ -125,17 +132,51 @@ def _report(error, code):
     return code
 
 
+def _is_distributed():
+    return flags.FLAGS.is_parsed() and bool(_DISTRIBUTED.value or _COORDINATOR.value)
+
+
+def _together(function):
+    """Return the exit code of `function`, one of several processes; a failure ends this one without the others."""
+    if not _is_distributed():
+        return function()
+    sys.stdout.flush()
+    if ended := supervision.fork(STOP_SIGNALS):
+        code, last_words = ended
+        if code != supervision.LOST or flags.FLAGS.verbosity > 0:
+            os.write(2, last_words)
+        if code == supervision.LOST:
+            code = _report("another process of this run was lost; start all of them again to go on.", INTERRUPTED)
+            time.sleep(1)  # so that the launcher first sees the end of one that failed
+        os._exit(code)
+    try:
+        code = function()
+    except Exception:
+        logging.exception("not foreseen")
+        code = FAILED
+    if code not in (DONE, INTERRUPTED):  # jax would wait for the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _start():
     """Set up the log, join the other processes, turn the compilation cache on, and say where the run is."""
     _log_own_information_to_stdout()
     if _COORDINATOR.value:
         if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
             raise UsageError("--coordinator_address needs --num_processes and --process_id.")
-        jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        jax.distributed.initialize(
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
         raise UsageError("--num_processes and --process_id need --coordinator_address.")
     elif _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     default_cache = str(pathlib.Path.home() / ".cache" / "tt_jax")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", default_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -152,7 +193,12 @@ def _log_own_information_to_stdout():
         own = StreamHandler(sys.stdout)
         own.addFilter(lambda record: record.levelname == "INFO" and _is_own(record.pathname))
         logging.get_absl_logger().addHandler(own)
-        logging.get_absl_handler().python_handler.addFilter(lambda record: record.levelname != "INFO")
+        logging.get_absl_handler().python_handler.addFilter(_is_for_the_user)
+
+
+def _is_for_the_user(record):
+    """Leave out information, and what orbax logs with its traceback, since it raises it as well."""
+    return record.levelname != "INFO" and not (record.levelname == "ERROR" and "orbax" in record.pathname)
 
 
 def _is_own(path):
@@ -178,7 +224,7 @@ def commit_id() -> str:
 
 
 def resolve_config(config, *, dataset, workdir):
-    """Set the dataset, compare with the run that `workdir` holds, and write `workdir`/config.json.
+    """Set the dataset, `hold` the workdir, compare with the run that it has, and write `workdir`/config.json.
 
     Raises UsageError if a flag is missing, or if the workdir has checkpoints made with another dataset, data or model;
     everything else may change when a run is resumed.
@@ -192,17 +238,30 @@ def resolve_config(config, *, dataset, workdir):
         raise UsageError(str(error)) from error
     if not config.dataset:
         raise UsageError("--dataset is missing: the id of a Minari dataset, such as mujoco/hopper/medium-v0.")
+    hold(workdir)
     path = pathlib.Path(workdir) / "config.json"
     if path.exists() and checkpoints.latest_step(workdir) is not None:
         _check_same_run(read_config(workdir), config, workdir)
     if is_main_process():
-        try:
-            write_json(path, config.to_dict())
-        except OSError as error:
-            raise UsageError(f"--workdir={workdir} cannot be written: {error}.") from error
+        write_json(path, config.to_dict())
     import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
 
     return ml_collections.FrozenConfigDict(config)
+
+
+def hold(workdir):
+    """Reserve a workdir for this run until its end; raises UsageError, in every process, if another run writes it."""
+    problem = None
+    if is_main_process():
+        try:
+            lock.hold(workdir)
+        except lock.Held as error:
+            problem = UsageError(str(error))
+        except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            problem = error if is_full else UsageError(f"--workdir={workdir} cannot be written: {error}.")
+    if multihost_utils.broadcast_one_to_all(np.bool_(problem is not None)):
+        raise problem or UsageError(f"--workdir={workdir} cannot be used, see process 0.")
 
 
 def read_config(workdir):
@@ -271,14 +330,18 @@ def make_folder(folder, *, flag):
 def write_json(path, value):
     """Write a file, whose folder is made, so that it is never seen in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _replace(path, text):
+def replace_text(path, text):
     """Write a file so that whoever reads it, also after a crash, sees the old text or the new, never a part."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # Running
@@ -287,17 +350,41 @@ def _replace(path, text):
 class Preemption:
     """Notices SIGTERM and Ctrl-C, so that a run can save its state and leave; create it first thing in main.
 
-    The second signal ends the process at once.
+    A thread is told at once, whatever the main thread waits for. It ends the process when the signal comes a second
+    time, and where nothing answers the first within `ANSWER_SECONDS` while nothing would be saved anyway, see `doing`.
     """
 
     def __init__(self):
         self._noticed = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._notice)
+        self._doing, self._since = "the preparation", time.monotonic()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)  # Python writes to the pipe before it calls this
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
-    def _notice(self, number, _):
-        self._noticed = True
-        signal.signal(number, signal.SIG_DFL)
+    def _watch(self, reader):
+        noticed_at = math.inf
+        while True:
+            if select.select([reader], [], [], 0.1 if self._noticed else None)[0]:
+                if os.read(reader, 1)[0] not in STOP_SIGNALS:
+                    continue
+                if time.monotonic() > noticed_at + SAME_SIGNAL_SECONDS:  # a launcher may pass on what all were sent
+                    _leave("told to stop twice; what was saved before stays.", INTERRUPTED)
+                noticed_at, self._noticed = min(noticed_at, time.monotonic()), True
+            elif self._doing and time.monotonic() > max(noticed_at, self._since) + ANSWER_SECONDS:
+                what = f"stopped in {self._doing!r}, which did not answer; the same command does it again."
+                _leave(what, INTERRUPTED)
+
+    @contextlib.contextmanager
+    def doing(self, what: str | None):
+        """Say what is done, None for what answers a signal by itself; anything else may be ended in the middle."""
+        before, self._doing, self._since = self._doing, what, time.monotonic()
+        try:
+            yield
+        finally:
+            self._doing, self._since = before, time.monotonic()
 
     def requested(self) -> bool:
         """Whether any process was told to stop; with several, all of them must ask equally often."""
@@ -306,52 +393,14 @@ class Preemption:
         return bool(multihost_utils.process_allgather(np.int32(self._noticed)).any())
 
     def check(self, doing: str) -> None:
-        """Raise Interrupted if told to stop while `doing` what saves nothing before its end."""
-        if self.requested():
+        """Raise Interrupted if this process was told to stop while `doing` what saves nothing before its end."""
+        if self._noticed:
             raise Interrupted(f"stopped in {doing!r}, which the same command does again.")
 
 
-class MetricsWriter:
-    """Writes metrics to `workdir`/metrics.jsonl, one object per step, and to TensorBoard where tensorboardX is there.
-
-    Lines beyond `resume_step`, of a run that went on after its last checkpoint, are dropped: they will be made again.
-    """
-
-    def __init__(self, workdir, *, resume_step=0):
-        self._tensorboard = None
-        if not is_main_process():
-            return
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        if self._path.exists():
-            lines = self._path.read_text().splitlines(keepends=True)
-            _replace(self._path, "".join(line for line in lines if _step_of(line) <= resume_step))
-        if tensorboardX:
-            folder = str(self._path.with_name("tensorboard"))
-            self._tensorboard = tensorboardX.SummaryWriter(folder, purge_step=resume_step + 1)
-
-    def write(self, step, metrics):
-        """Add a step's metrics; raises FloatingPointError in every process if one is not finite."""
-        metrics = {name: float(value) for name, value in metrics.items()}
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step}.")
-        if not is_main_process():
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": int(step)} | metrics) + "\n")
-        if self._tensorboard:
-            for name, value in metrics.items():
-                self._tensorboard.add_scalar(name, value, int(step))
-
-    def close(self):
-        """Write out what TensorBoard still holds."""
-        if self._tensorboard:
-            self._tensorboard.close()
-
-
-def _step_of(line):
-    """Return a line's step, or infinity for one that was not written to its end."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+def _leave(message, code):
+    """End the process, whatever its threads do."""
+    _report(message, code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

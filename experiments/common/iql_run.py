@@ -110,7 +110,8 @@ def _make_evaluate(run, data_config, iql_config, preemption):
             act_fn = control.mean_action_fn(jax.tree.map(lambda leaf: leaf[learner], params))  # noqa: B023
             policy = _interruptible(rollouts.observation_policy(act_fn), preemption)
             try:
-                found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
+                with preemption.doing("evaluation"):
+                    found.append(rollouts.run(envs, policy, seeds=range(num_episodes), config=data_config))
             except entry.Interrupted:
                 raise
             except Exception as error:  # an environment is code: it may raise anything

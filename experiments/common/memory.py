@@ -1,6 +1,7 @@
 """Whether a program fits the memory of its device: an estimate before it runs, and one line if it does not."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import resource
@@ -34,7 +35,10 @@ def check(fn: Callable[..., Any], *arguments: Any) -> int:
     Raises TooLarge if that is more than is free on a device. A call with arguments of the same shapes compiles nothing
     again. On a backend that does not say what it needs this is 0.
     """
-    found = fn.lower(*arguments).compile().memory_analysis()
+    settings = {}
+    if isinstance(fn, functools.partial):
+        fn, settings = fn.func, fn.keywords
+    found = fn.lower(*arguments, **settings).compile().memory_analysis()
     if found is None:
         return 0
     needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes

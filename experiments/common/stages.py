@@ -37,6 +37,7 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
     preemption = entry.Preemption()
     settings.checked(config)
+    entry.hold(workdir)
     config.seed, config.dataset = seed, dataset or config.dataset
     entry.make_folder(workdir, flag="workdir")
     return Experiment(config, pathlib.Path(workdir), preemption)
@@ -159,7 +160,8 @@ def play(
     envs = rollouts.vectorize(make_env, min(len(seeds), num_envs))
     config = datasets.data_config(experiment.config.data)
     check_fn = functools.partial(experiment.preemption.check, title)
-    played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
+    with experiment.preemption.doing(title):
+        played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
     envs.close()
     return played
 

@@ -14,6 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments.common import entry, memory
+from experiments.common.metrics import MetricsWriter
 from tt_jax import checkpoints, data_parallel, iql_training, training
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
@@ -51,7 +52,7 @@ def run(
     for the ValueError of a step that does not fit a device, by an estimate before the first one or when it fails.
     """
     state = _resume(workdir, fresh, model, free_fields)
-    step = int(np.ravel(state.step)[0])
+    step = first_step = int(np.ravel(state.step)[0])
     if step >= config.num_steps:
         logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
         return
@@ -62,12 +63,17 @@ def run(
         needed = memory.check(train_fn, state, store, seed, data_parallel.replicate(np.int32(1)))
     size = f"{needed / 2**30:.2g} GiB of memory"
     logging.info("%s parameters; a step takes %s and %s", f"{num_parameters:,}", step_sizes, size)
-    metrics = entry.MetricsWriter(workdir, resume_step=step)
+    metrics = MetricsWriter(workdir, resume_step=step)
     notes = []
     progress = tqdm.tqdm(
         initial=step, total=config.num_steps, unit="step", desc="train", disable=not entry.is_main_process()
     )
-    with explained(), progress, checkpoints.Writer(workdir, keep=config.keep_checkpoints) as writer:
+    with (
+        explained(),
+        contextlib.ExitStack() as answers,
+        progress,
+        checkpoints.Writer(workdir, keep=config.keep_checkpoints) as writer,
+    ):
         call_steps, log_time, log_step, num_calls = 1, time.time(), step, 0
         while step < config.num_steps:
             call_steps = _steps_until_event(step, call_steps, config)
@@ -75,8 +81,11 @@ def run(
             state, call_metrics = train_fn(state, store, seed, data_parallel.replicate(np.int32(call_steps)))
             host_metrics = data_parallel.unreplicate(call_metrics)
             call_metrics = {name: values[:call_steps] for name, values in host_metrics.items()}
+            writer.check()
             _check_finite(call_metrics, first_step=step + 1)
             notes.append(call_metrics)
+            if step == first_step:  # compiled; from here on a signal is answered by saving
+                answers.enter_context(preemption.doing(None))
             step += call_steps
             rate = call_steps / (time.time() - started)
             num_calls += 1
@@ -127,7 +136,11 @@ def place(tree: Any) -> Any:
 def _resume(workdir, fresh, model, free_fields):
     if checkpoints.latest_step(workdir) is None:
         return fresh
-    checkpoint = checkpoints.restore(workdir, state_template=_without_params(fresh))
+    checkpoint, damaged = checkpoints.restore_newest(workdir, state_template=_without_params(fresh))
+    multihost_utils.assert_equal(np.int32(checkpoint.step), f"the processes read different checkpoints in {workdir}")
+    for step, error in damaged.items() if entry.is_main_process() else ():
+        logging.warning("%s Set aside as %s.", error, checkpoints.set_aside(workdir, step))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     config, found = model["config"], checkpoint.config
     if dataclasses.replace(config, **{name: getattr(found, name) for name in free_fields}) != found:
         # also by a setting that the run's config.json is too old to know
