@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, training_loop
+from experiments.common import control, datasets, entry, memory, training_loop
 from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
@@ -24,8 +24,9 @@ def train(config, workdir, *, preemption, download=False):
     if config.data.step != 1:
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
     data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
-    loaded = trajectories.load(config.dataset, config=data_config, download=download)
-    transitions = trajectories.transitions(loaded)
+    with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
+        loaded = trajectories.load(config.dataset, config=data_config, download=download)
+        transitions = trajectories.transitions(loaded)
     settings = dict(config.iql)
     has_cosine = settings.pop("actor_cosine")
     iql_config = entry.to_dataclass(

@@ -4,14 +4,15 @@ import functools
 
 import jax
 
-from experiments.common import datasets, entry, training_loop
+from experiments.common import datasets, entry, memory, training_loop
 from tt_jax import data_parallel, training, trajectories, transformer
 
 
 def train(config, workdir, *, preemption, download=False):
     """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
     train_config = entry.to_dataclass(training.TrainConfig, config.train)
-    data = datasets.prepare(config, download=download)
+    with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
+        data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
     num_windows = trajectories.num_windows(data.train.offsets)
     train_config = training.with_token_schedule(
@@ -30,13 +31,19 @@ def train(config, workdir, *, preemption, download=False):
         def evaluate(state):
             return data_parallel.unreplicate(eval_fn(state.params, held_out))
 
-    init = functools.partial(training.init, config=train_config, model_config=model_config)
+    init = jax.jit(functools.partial(training.init, config=train_config, model_config=model_config))
+    sizes = f"{model_config.num_layers} layers of width {model_config.embed_dim} for {model_config.block_size} tokens"
+    with memory.explained(
+        f"a model of {sizes}", "lower model.embed_dim, num_layers or max_transitions, or data.num_bins"
+    ):
+        memory.check(init, jax.random.key(config.seed))
+        fresh = init(jax.random.key(config.seed))
     tokens_per_step = train_config.batch_size * model_config.block_size
     training_loop.run(
         workdir,
         config=train_config,
         free_fields=("remat",),
-        fresh=jax.jit(init)(jax.random.key(config.seed)),
+        fresh=fresh,
         model={
             "config": model_config,
             "tokenizer": data.tokenizer,
