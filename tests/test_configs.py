@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments.common import entry
+from experiments.common import entry, settings
 from experiments.configs import antmaze, base, dataset, four_rooms, locomotion, maze, quickstart, sparse_maze
 from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer, types
 
@@ -55,6 +55,11 @@ def flatten(config):
         fields = {f"{part}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {part: value}
         flat |= {name: json.dumps(each) for name, each in fields.items()}
     return flat
+
+
+@pytest.mark.parametrize("config", (CONFIGS | ANY_DATASET).values(), ids=CONFIGS | ANY_DATASET)
+def test_every_configuration_passes_its_own_checks(config):
+    assert settings.checked(config) is config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -235,6 +235,17 @@ def test_damaged_files_are_named_in_one_line(write):
         load(dataset_id)
 
 
+@pytest.mark.parametrize("total_steps", [None, 0, 5, 10**6])
+def test_a_wrong_number_of_steps_in_the_metadata_changes_nothing(write, total_steps):
+    episodes = list(random_episodes([3, 9, 4]))
+    change_metadata(write(episodes), total_steps=total_steps)
+    loaded = load("test/made-v0")
+    np.testing.assert_array_equal(loaded.observations, np.concatenate([each.observations[:-1] for each in episodes]))
+    np.testing.assert_array_equal(loaded.final_observations, [each.observations[-1] for each in episodes])
+    np.testing.assert_array_equal(loaded.actions, np.concatenate([each.actions for each in episodes]))
+    np.testing.assert_array_equal(loaded.rewards, np.concatenate([each.rewards for each in episodes]))
+
+
 def test_data_in_a_format_whose_package_is_missing_names_it(write, monkeypatch):
     dataset_id = write(random_episodes([4]))
     change_metadata(dataset_id, data_format="arrow")

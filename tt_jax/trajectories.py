@@ -79,15 +79,20 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
     storage = minari_files.open_storage(dataset_id, download=download)
     observation_columns, action_columns = _columns(dataset_id, storage, config)
     chosen = _chosen_episodes(storage.total_episodes, config)
-    episodes = [
-        _read_episode(dataset_id, index, episode, config, action_columns.size)
-        for index, episode in zip(chosen, minari_files.read_episodes(storage, chosen), strict=True)
-    ]
-    lengths = [len(rewards) for *_, rewards, _ in episodes]
+    columns, lengths, final_observations, terminated = [None] * 3, [], [], []
+    most, start = int(storage.metadata.get("total_steps") or 0), 0
+    for index, episode in zip(chosen, minari_files.read_episodes(storage, chosen), strict=True):
+        *parts, final, is_terminated = _read_episode(dataset_id, index, episode, config, action_columns.size)
+        columns = [_put(whole, part, start=start, most=most) for whole, part in zip(columns, parts, strict=True)]
+        lengths.append(len(parts[0]))
+        start += lengths[-1]
+        final_observations.append(final)
+        terminated.append(is_terminated)
     if max(lengths, default=0) < 2:
         raise ValueError(f"Dataset {dataset_id} has no episode of at least 2 steps, so it holds no training window.")
-    observations, final_observations, actions, rewards, terminated = map(list, zip(*episodes, strict=True))
-    del episodes
+    observations, actions, rewards = (whole[:start] for whole in columns)
+    del columns
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     final_known = np.array([final is not None for final in final_observations])
     if not final_known.all():
         logging.getLogger(__name__).warning(
@@ -98,16 +103,17 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
             dataset_id,
             chosen[np.argmin(final_known)],
         )
-        pairs = zip(final_observations, observations, strict=True)
-        final_observations = [before[-1] if final is None else final for final, before in pairs]
+        last = observations[offsets[1:] - 1]
+        pairs = zip(final_observations, last, strict=True)
+        final_observations = [before if final is None else final for final, before in pairs]
     env_id, time_limit = minari_files.environment_limits(storage)
     trajectories = Trajectories(
-        observations=_release(observations),
+        observations=observations,
         final_observations=np.stack(final_observations),
         final_known=final_known,
-        actions=_release(actions),
-        rewards=np.concatenate(rewards),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        actions=actions,
+        rewards=rewards,
+        offsets=offsets,
         terminated=np.array(terminated),
         dataset_id=dataset_id,
         env_id=env_id,
@@ -340,7 +346,7 @@ def _chosen_episodes(total, config):
 
 
 def _read_episode(dataset_id, index, episode, config, action_dim):
-    """Return the arrays of an episode, the observation after its last step being None if it was not recorded."""
+    """Return observations, actions and rewards, the last observation, None if it is not recorded, and the end."""
     observations = flatten_observations(episode["observations"], config=config)
     length = len(episode["rewards"])
     counts = {name: len(episode[name]) for name in ("actions", "terminations")} | {"observations": len(observations)}
@@ -356,15 +362,24 @@ def _read_episode(dataset_id, index, episode, config, action_dim):
         raise ValueError(
             f"episode {index} of {dataset_id} has actions of {actions.shape[1]} dimensions, its space {action_dim}."
         )
-    # Minari stores one observation more than steps; the copies let go of what the slices leave out.
+    # Minari stores one observation more than steps; the copy lets go of the others.
     after = observations[length].copy() if len(observations) > length else None
-    return observations[:length].copy(), after, actions, episode["rewards"], bool(episode["terminations"][-1])
+    return observations[:length], actions, episode["rewards"], after, bool(episode["terminations"][-1])
 
 
-def _release(parts):
-    """Join a list of arrays and empty it, so that the parts do not stay in memory."""
-    whole = np.concatenate(parts)
-    parts.clear()
+def _put(whole, part, *, start, most):
+    """Write the rows `part` from row `start` on into `whole`, made with `most` rows if it is None; return it.
+
+    So that no more than one episode lies in memory twice. Room that is never written to takes none.
+    """
+    part = np.asarray(part)
+    if whole is None:
+        whole = np.empty([most, *part.shape[1:]], part.dtype)
+    if len(whole) < start + len(part):  # the dataset does not say how long it is
+        whole = np.concatenate([whole[:start], np.empty([start + len(part), *part.shape[1:]], whole.dtype)])
+    if (dtype := np.result_type(whole, part)) != whole.dtype:
+        whole = whole.astype(dtype)
+    whole[start : start + len(part)] = part
     return whole
 
 

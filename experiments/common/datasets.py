@@ -9,6 +9,11 @@ from absl import logging
 from experiments.common import entry
 from tt_jax import minari_files, spaces, tokenization, trajectories, types
 
+MEMORY_SETTINGS = (
+    "read a part of it with --config.data.max_episodes=N, or fewer of its numbers by data.observation_keys or "
+    "data.observation_slice"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, time_budget, training_loop
+from experiments.common import control, datasets, entry, memory, time_budget, training_loop
 from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
 
 
@@ -30,8 +30,9 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     if config.data.step != 1:
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
     data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
-    loaded = trajectories.load(config.dataset, config=data_config, download=download)
-    transitions = trajectories.transitions(loaded)
+    with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
+        loaded = trajectories.load(config.dataset, config=data_config, download=download)
+        transitions = trajectories.transitions(loaded)
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
     run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
     learners_fn = functools.partial(_learners, config, loaded, transitions)

@@ -1,5 +1,7 @@
 """All settings of a configuration against their records, before any work."""
 
+import itertools
+
 import ml_collections
 
 from experiments.common import datasets, entry
@@ -16,8 +18,11 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
         raise entry.UsageError(str(error)) from error
     if not 0 <= seed < 2**32:
         raise entry.UsageError(f"seed={seed} must be in [0, 2**32).")
-    if config.data.num_bins < 1:
-        raise entry.UsageError(f"data.num_bins={config.data.num_bins} must be at least 1.")
+    if not 1 <= config.data.num_bins < 2**16:
+        raise entry.UsageError(f"data.num_bins={config.data.num_bins} must be at least 1 and below 2**16.")
+    for part, name in itertools.product(("train", "iql_train"), ("num_steps", "batch_size", "steps_per_call")):
+        if config[part][name] >= 2**31:
+            raise entry.UsageError(f"{part}.{name}={config[part][name]} must be below 2**31.")
     if not 0 <= config.data.eval_fraction < 1:
         raise entry.UsageError(f"data.eval_fraction={config.data.eval_fraction} must be in [0, 1).")
     if config.eval.num_episodes < 0 or len(config.eval.goal) not in (0, 2):

@@ -7,7 +7,7 @@ import time
 import jax
 import numpy as np
 
-from experiments.common import datasets, entry, time_budget, training_loop
+from experiments.common import datasets, entry, memory, time_budget, training_loop
 from tt_jax import data_parallel, training, trajectories, transformer
 
 
@@ -19,7 +19,8 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     """
     started = time.monotonic()
     train_config = entry.to_dataclass(training.TrainConfig, config.train)
-    data = datasets.prepare(config, download=download)
+    with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
+        data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
     num_windows = trajectories.num_windows(data.train.offsets)
     train_config = training.with_token_schedule(
@@ -38,8 +39,14 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         def evaluate(state):
             return data_parallel.unreplicate(eval_fn(state.params, held_out))
 
-    init = functools.partial(training.init, config=train_config, model_config=model_config)
-    fresh, run = jax.jit(init)(jax.random.key(config.seed)), data.run
+    run = data.run
+    init = jax.jit(functools.partial(training.init, config=train_config, model_config=model_config))
+    sizes = f"{model_config.num_layers} layers of width {model_config.embed_dim} for {model_config.block_size} tokens"
+    with memory.explained(
+        f"a model of {sizes}", "lower model.embed_dim, num_layers or max_transitions, or data.num_bins"
+    ):
+        memory.check(init, jax.random.key(config.seed))
+        fresh = init(jax.random.key(config.seed))
     if minutes or time_budget.is_recorded(workdir):
         ends = started + 60 * (minutes or 0)
         measured = (train_config, train_fn, fresh, data.train, evaluate)
