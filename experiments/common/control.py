@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -34,12 +35,16 @@ def make_env(
 
 
 def restore(workdir: str, config_class: type, *, program: str) -> checkpoints.Checkpoint:
-    """Read the newest checkpoint of a run of `program`; one of another program is a ValueError."""
+    """Read the newest checkpoint of a run of `program`; one of another program is a ValueError.
+
+    Parameters that were saved in bfloat16 come in float32.
+    """
     checkpoint = checkpoints.restore(workdir)
     if not isinstance(checkpoint.config, config_class):
         name = type(checkpoint.config).__name__
         raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")
-    return checkpoint
+    params = jax.tree.map(lambda leaf: np.float32(leaf) if leaf.dtype == jnp.bfloat16 else leaf, checkpoint.params)
+    return dataclasses.replace(checkpoint, params=params)
 
 
 def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
@@ -81,7 +86,8 @@ def plan_policy(
     """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
 
     `by_likelihood` it imitates, or goes to the goal that the environment set if the model was trained with goals.
-    `on_plan` sees what each call of the planner returns.
+    `on_plan` sees what each call of the planner returns. Where compiling takes longer than idle rows, other than on a
+    CPU, every batch is a full one.
     """
     make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
     guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
@@ -104,6 +110,7 @@ def plan_policy(
         context_transitions=plan_config.context_transitions,
         replan_every=plan_config.replan_every,
         max_batch=max_batch,
+        min_batch=1 if jax.default_backend() == "cpu" else max_batch,
         goal_fn=rollouts.rest_in_goal if checkpoint.config.goal_conditioned else None,
     )
 
@@ -126,7 +133,12 @@ def mean_action_fn(params: types.Params) -> Callable[[np.ndarray], np.ndarray]:
     """Return act_fn(observation [B, N]) -> [B, A], the mean of an IQL policy."""
     params = jax.device_put(params)
     act = jax.jit(lambda params, observation: iql.sample_action(params, jax.random.key(0), observation, temperature=0))
-    return lambda observation: np.asarray(act(params, observation))
+
+    def act_fn(observation):  # in batches of a power of two, so that few programs are compiled
+        size = 1 << (len(observation) - 1).bit_length()
+        return np.asarray(act(params, np.resize(observation, (size, observation.shape[1])))[: len(observation)])
+
+    return act_fn
 
 
 def play(
@@ -137,8 +149,9 @@ def play(
     config: trajectories.DataConfig,
     title: str,
     check_fn: Callable[[], None] = lambda: None,
+    stop_fn: Callable[[], bool] = lambda: False,
 ) -> tuple[list[rollouts.Episode], dict[str, float]]:
-    """Play one episode per seed behind a progress bar, calling `check_fn()` before each plan.
+    """Play one episode per seed behind a progress bar, calling `check_fn()` before each plan; see `rollouts.run`.
 
     Also return the number of plans, the actions in them, and the seconds that the policy took.
     """
@@ -163,7 +176,8 @@ def play(
             returns.append(episode.total_reward)
             progress.update()
 
-        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
+        hooks = {"on_finish": on_finish, "stop_fn": stop_fn}
+        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, **hooks)
     return episodes, counts
 
 
