@@ -2,6 +2,7 @@
 
 python -m experiments.benchmark                                             # everything, several minutes
 python -m experiments.benchmark --only=plan --setting=hopper --json=FILE    # one row: at once with the plain search
+python -m experiments.benchmark --suite=accelerator --json=FILE             # what a GPU is for, in under 4 minutes
 
 On CPU everything is pinned to one core, since idle threads spin and would count. The ceilings in the first row, a large
 matrix product and a large copy, are taken in the same run; operations are counted by formula (see docs/performance.md).
@@ -26,7 +27,8 @@ from experiments.common import entry, plain_search
 from tt_jax import data_parallel, iql, sequence_planner, tokenization, training, trajectories, transformer, types
 
 ONLY = flags.DEFINE_enum("only", None, ["plan", "train", "iql"], "Measure this alone.")
-SETTING = flags.DEFINE_enum("setting", None, ["hopper", "halfcheetah", "ant"], "Measure this setting alone.")
+SETTING = flags.DEFINE_enum("setting", None, ["hopper", "halfcheetah", "ant", "tiny"], "Measure this setting alone.")
+SUITE = flags.DEFINE_enum("suite", None, ["accelerator"], "Rows for a GPU in bfloat16, the most important first.")
 JSON = flags.DEFINE_string("json", None, "File for the rows.")
 NUM_ENVS = flags.DEFINE_multi_integer("num_envs", [1], "Environments that are planned at once; may be repeated.")
 WINDOW = flags.DEFINE_list("window", ["5", "4"], "max,keep transitions of the planner's window.")
@@ -36,10 +38,19 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per row.", 1)
 ORACLE = flags.DEFINE_bool("oracle", True, "Also time the plain uncached search.")
 
 ALL_CORES = os.sched_getaffinity(0)
-SETTINGS = {  # observation and action sizes, and the paper's planning settings
-    "hopper": (11, 3, {"beam_width": 128, "horizon": 15}),
-    "halfcheetah": (17, 6, {"beam_width": 32, "horizon": 5}),
-    "ant": (27, 8, {"beam_width": 128, "horizon": 5}),
+SETTINGS = {  # observation and action sizes, the paper's planning settings, changes of its model
+    "hopper": (11, 3, {"beam_width": 128, "horizon": 15}, {}),
+    "halfcheetah": (17, 6, {"beam_width": 32, "horizon": 5}, {}),
+    "ant": (27, 8, {"beam_width": 128, "horizon": 5}, {}),
+    "tiny": (3, 1, {"beam_width": 2, "horizon": 2}, {"num_layers": 1, "embed_dim": 16}),  # to try this file
+}
+SUITE_SECONDS = 220  # after which no other row of a suite begins
+QUICK = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+}  # compiles in seconds, see docs/performance.md
+GRAPHS = QUICK | {  # loops as CUDA graphs
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,WHILE,CONDITIONAL"
 }
 
 
@@ -51,15 +62,50 @@ def main(_):
     if jax.default_backend() != "cpu":
         _pin(ALL_CORES)
     rows = [ceilings()]
-    for name in [SETTING.value] if SETTING.value else SETTINGS:
+    if SUITE.value:
+        rows += accelerator_rows(SETTING.value or "hopper", peak=rows[0]["flops_per_second"])
+    names = [SETTING.value] if SETTING.value else ["hopper", "halfcheetah", "ant"]
+    for name in [] if SUITE.value else names:
         if ONLY.value in (None, "plan"):
             rows += [plan_row(name, num_envs, peak=rows[0]["flops_per_second"]) for num_envs in NUM_ENVS.value]
         if ONLY.value in (None, "train"):
             rows += [train_row(name, size, peak=rows[0]["flops_per_second"]) for size in BATCH_SIZE.value]
-    if ONLY.value in (None, "iql"):
+    if ONLY.value in (None, "iql") and not SUITE.value:
         rows += [iql_row(num_seeds) for num_seeds in (1, 8)]
     if JSON.value:
         pathlib.Path(JSON.value).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def accelerator_rows(name, *, peak):
+    """Measure what decides on a GPU until the time is up: training without dropout, plans, IQL; CUDA graphs last."""
+    started = time.monotonic()
+    sizes = BATCH_SIZE.value if BATCH_SIZE.present else [256, 64]
+    envs = NUM_ENVS.value if NUM_ENVS.present else [1, 64]
+    no_dropout = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"), 0.0)
+    plain, fused = ({"dtype": "bfloat16", "attention": each} | no_dropout for each in ("plain", "fused"))
+
+    def train(size, changes, options=QUICK, **settings):
+        return functools.partial(train_row, name, size, peak=peak, changes=changes, options=options, **settings)
+
+    def plan(num_envs, options=QUICK):
+        return functools.partial(plan_row, name, num_envs, peak=peak, changes=plain, options=options)
+
+    measurements = [
+        *(train(size, changes) for size in sizes for changes in (fused, plain)),
+        *(plan(num_envs) for num_envs in envs),
+        *(functools.partial(iql_row, num_seeds, options=QUICK) for num_seeds in (1, 8)),
+        train(sizes[0], fused, optimizer="muon"),
+        plan(envs[0], GRAPHS),
+        functools.partial(iql_row, 1, options=GRAPHS),
+        train(sizes[0], fused, GRAPHS),
+    ]
+    rows = []
+    for measure in measurements:
+        if time.monotonic() - started > SUITE_SECONDS:
+            logging.info("%d s are over; %d rows are left out", SUITE_SECONDS, len(measurements) - len(rows))
+            break
+        rows.append(measure())
+    return rows
 
 
 def ceilings():
@@ -73,12 +119,15 @@ def ceilings():
     return _told(row)
 
 
-def plan_row(name, num_envs, *, peak):
-    """Time one plan for each of `num_envs` environments whose past fills the context."""
-    observation_dim, action_dim, settings = SETTINGS[name]
+def plan_row(name, num_envs, *, peak, changes=None, options=None):
+    """Time one plan for each of `num_envs` environments whose past fills the context.
+
+    `changes` are those of the model, `options` those of the compiler.
+    """
+    observation_dim, _, settings, _ = SETTINGS[name]
     window = tuple(int(size) for size in WINDOW.value)
     plan_config = sequence_planner.PlanConfig(window=window, **settings)
-    config, params = _model(observation_dim, action_dim)
+    config, params = _model(name, changes)
     spec = config.spec
     rng = np.random.default_rng(0)
     values = rng.normal(size=(10_000, spec.transition_dim))
@@ -91,11 +140,11 @@ def plan_row(name, num_envs, *, peak):
         jnp.asarray(rng.normal(size=(num_envs, observation_dim)), jnp.float32),
     )
     make = {"config": config, "plan_config": plan_config}
-    label = f"plan {name}, {num_envs} envs, window {window[0]},{window[1]}, {DTYPE.value}"
-    row = {"name": label} | _timed(jax.jit(sequence_planner.make_plan_fn(**make)), *arguments)
+    label = f"plan {name}, {num_envs} envs, window {window[0]},{window[1]}, {config.dtype}{_graphs(options)}"
+    row = {"name": label} | _timed(jax.jit(sequence_planner.make_plan_fn(**make)), *arguments, options=options)
     row["plans_per_second"] = num_envs / row["wall_seconds"]
     row["share_of_peak"] = _share(num_envs * plan_flops(config, plan_config), row, peak)
-    if ORACLE.value:
+    if ORACLE.value and not SUITE.value:
         plain = plain_search.make_plan_fn(**make)
         plain(*arguments)  # compiles
         wall, cpu = time.perf_counter(), time.process_time()
@@ -106,10 +155,9 @@ def plan_row(name, num_envs, *, peak):
     return _told(row)
 
 
-def train_row(name, batch_size, *, peak):
-    """Time train steps with dropout on windows of 10 transitions, gathered from a store on the device."""
-    observation_dim, action_dim, _ = SETTINGS[name]
-    config, params = _model(observation_dim, action_dim)
+def train_row(name, batch_size, *, peak, changes=None, options=None, optimizer="adamw"):
+    """Time train steps on windows of 10 transitions, gathered from a store on the device; by default with dropout."""
+    config, params = _model(name, changes)
     spec, num_steps = config.spec, 5 if _on_cpu() else 50  # per call, which asks the system for its memory once
     store = trajectories.TokenStore(
         tokens=np.random.default_rng(0).integers(0, spec.num_bins, (100_000, spec.transition_dim), np.uint8),
@@ -118,7 +166,7 @@ def train_row(name, batch_size, *, peak):
     )
     num_windows = trajectories.num_windows(store.offsets)
     train_config = training.with_token_schedule(
-        training.TrainConfig(batch_size=batch_size * jax.device_count(), steps_per_call=num_steps),
+        training.TrainConfig(batch_size=batch_size * jax.device_count(), steps_per_call=num_steps, optimizer=optimizer),
         num_windows=num_windows,
         block_size=config.block_size,
     )
@@ -133,15 +181,17 @@ def train_row(name, batch_size, *, peak):
     )
     state = training.init(jax.random.key(0), config=train_config, model_config=config)
     fixed = data_parallel.replicate((store, np.uint32(0), np.int32(num_steps)))
-    row = {"name": f"train {name}, batch {batch_size}, {DTYPE.value}"}
-    row |= _timed(train_fn, data_parallel.replicate(state), *fixed, carry=True, steps=num_steps)
+    parts = [f"train {name}", f"batch {batch_size}", config.dtype]
+    parts += [f"{config.attention} attention", optimizer] if SUITE.value else []
+    row = {"name": ", ".join(parts) + _graphs(options)}
+    row |= _timed(train_fn, data_parallel.replicate(state), *fixed, carry=True, steps=num_steps, options=options)
     row["steps_per_second"] = 1 / row["wall_seconds"]
     row["tokens_per_second"] = batch_size * config.block_size / row["wall_seconds"]
     row["share_of_peak"] = _share(3 * batch_size * config.block_size * token_flops(config), row, peak)
     return _told(row)
 
 
-def iql_row(num_seeds):
+def iql_row(num_seeds, *, options=None):
     """Time updates of `num_seeds` learners in one program, on batches of 256 gathered on the device."""
     config = iql.IQLConfig(observation_dim=17, action_dim=6)
     num_steps = 100 if _on_cpu() else 2000
@@ -164,7 +214,8 @@ def iql_row(num_seeds):
     keys = jax.random.split(jax.random.key(0), num_seeds)
     state = jax.vmap(functools.partial(iql.init, config=config))(keys)
     learn = jax.jit(jax.vmap(learn, in_axes=(0, 0, None)), donate_argnums=0)
-    row = {"name": f"iql, {num_seeds} seeds, batch 256"} | _timed(learn, state, keys, data, carry=True, steps=num_steps)
+    row = {"name": f"iql, {num_seeds} seeds, batch 256{_graphs(options)}"}
+    row |= _timed(learn, state, keys, data, carry=True, steps=num_steps, options=options)
     row["updates_per_second"] = num_seeds / row["wall_seconds"]
     return _told(row)
 
@@ -190,25 +241,30 @@ def plan_flops(config, plan):
     return 2 * plan.beam_width * (layers * per_layer + 2 * config.embed_dim**2 * read)
 
 
-def _model(observation_dim, action_dim):
+def _graphs(options):
+    return ", CUDA graphs" if options == GRAPHS else ""
+
+
+def _model(name, changes):
+    observation_dim, action_dim, _, size = SETTINGS[name]
     spec = types.TransitionSpec(observation_dim=observation_dim, action_dim=action_dim, num_bins=100)
-    config = transformer.TransformerConfig(spec=spec, dtype=DTYPE.value)
+    config = transformer.TransformerConfig(spec=spec, **{"dtype": DTYPE.value} | size | (changes or {}))
     params = transformer.init(jax.random.key(0), config=config)
     # Larger embeddings make predictions differ, so that plans branch as they do with a trained model.
     return config, params | {"token_embedding": {"embedding": 20 * params["token_embedding"]["embedding"]}}
 
 
-def _timed(fn, *arguments, carry=False, steps=1):
+def _timed(fn, *arguments, carry=False, steps=1, options=None):
     """Compile and time `fn`; with `carry` its first result replaces its first argument, which is donated.
 
-    It is compiled twice, traced anew each time: from nothing, and from the persistent cache.
+    It is compiled twice, traced anew each time: from nothing, and, but for a suite, from the persistent cache.
     """
     compile_seconds = []
     with tempfile.TemporaryDirectory() as folder, _compilation_cache(folder):
-        for _ in range(2):
+        for _ in range(1 if SUITE.value else 2):
             jax.clear_caches()
             started = time.perf_counter()
-            compiled = fn.lower(*arguments).compile()
+            compiled = fn.lower(*arguments).compile(compiler_options=options)
             compile_seconds.append(time.perf_counter() - started)
     walls, cpus = [], []
     for _ in range(REPEATS.value + 1):  # the first is not counted
@@ -224,7 +280,7 @@ def _timed(fn, *arguments, carry=False, steps=1):
         "wall_seconds_p95": float(np.quantile(walls[1:], 0.95)),
         "cpu_seconds": float(np.median(cpus[1:])),
         "compile_seconds": compile_seconds[0],
-        "cached_compile_seconds": compile_seconds[1],
+        "cached_compile_seconds": compile_seconds[1] if compile_seconds[1:] else None,
         "temporary_bytes": memory.temp_size_in_bytes if memory else None,
         "peak_device_bytes": device_memory.get("peak_bytes_in_use"),
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -258,6 +258,25 @@ def test_plans_are_batched_in_powers_of_two_up_to_the_number_of_environments():
     assert sizes == [(n, n, n) for n in (6, 6, 4, 4, 2)]
 
 
+def test_full_batches_alone_are_planned_where_that_is_asked_for():
+    sizes = []
+    policy = make_policy(lambda *rest: sizes.append(len(rest[-1])) or draw_plan(*rest), max_batch=6, min_batch=6)
+    play(policy, num_envs=6)
+    assert set(sizes) == {6}
+
+
+def test_episodes_that_the_caller_stops_are_returned_as_they_are():
+    calls = iter(range(100))
+    episodes = play(noise, seeds=range(7), num_envs=3, stop_fn=lambda: next(calls) == 3)  # after three steps
+    whole = play(noise, seeds=range(7), num_envs=3)
+    assert [(e.seed, e.length, e.is_cut) for e in episodes] == [(0, 1, False), (1, 2, False), (2, 3, False)] + [
+        (3, 2, True),
+        (4, 1, True),
+    ]
+    for episode in episodes:
+        assert episode.rewards == whole[episode.seed].rewards[: episode.length]
+
+
 def test_the_key_of_a_plan_comes_from_the_seed_and_the_age_of_the_episode():
     for episode in play(make_policy(draw_plan, replan_every=2), seeds=[2, 9]):
         for step in range(0, episode.length, 2):

@@ -7,6 +7,7 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from transform_checks import check_transforms
 
@@ -285,20 +286,12 @@ def test_fused_attention_has_the_loss_and_gradients_of_float32_within_bfloat16()
     batch = types.Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:], weights=np.ones((4, 4 * DIM - 1), np.float32))
     goal = tokens[:, : SPEC.observation_dim]
     grad_fn = jax.jit(jax.value_and_grad(transformer.loss, has_aux=True), static_argnames="config")
-    found = {
-        name: grad_fn(params, batch, goal=goal, config=dataclasses.replace(config, dtype=dtype, attention=name))
-        for name, dtype in (("auto", "float32"), ("plain", "bfloat16"), ("fused", "bfloat16"))
-    }
-    (exact, _), exact_grads = found["auto"]
-    distances = {}
-    for name in ("plain", "fused"):
-        (loss, _), grads = found[name]
-        np.testing.assert_allclose(loss, exact, rtol=2**-8)
-        parts = jax.tree.map(lambda grad, expected: jnp.sum((grad - expected) ** 2), grads, exact_grads)
-        distances[name] = sum(jax.tree.leaves(parts)) ** 0.5
-    norm = sum(jnp.sum(grad**2) for grad in jax.tree.leaves(exact_grads)) ** 0.5
-    assert 0 < distances["fused"] < 0.03 * norm
-    assert distances["fused"] < 1.5 * distances["plain"]
+    fused = dataclasses.replace(config, dtype="bfloat16", attention="fused")
+    (expected, _), expected_grads = grad_fn(params, batch, goal=goal, config=config)
+    (loss, _), grads = grad_fn(params, batch, goal=goal, config=fused)
+    np.testing.assert_allclose(loss, expected, rtol=2**-8)
+    difference = jax.tree.map(jnp.subtract, grads, expected_grads)
+    assert 0 < optax.tree.norm(difference) < 0.03 * optax.tree.norm(expected_grads)  # plain attention: 0.011
 
 
 def test_fused_attention_is_refused_where_no_kernel_has_what_it_needs():

@@ -34,6 +34,7 @@ class Episode:
     terminated: bool = False  # False also for an episode that was cut off
     notes: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the policy's own
     error: str | None = None  # what the environment raised in its next step, if it is `Guarded`
+    is_cut: bool = False  # by the caller, see `run`, not by the environment
 
     @property
     def length(self) -> int:
@@ -69,6 +70,7 @@ def run(
     seeds: Sequence[int],
     config: trajectories.DataConfig,
     on_finish: Callable[[Episode], None] = lambda episode: None,
+    stop_fn: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
     """Play one episode per seed in `envs` (from `vectorize`) and return them in the order of `seeds`.
 
@@ -78,7 +80,8 @@ def run(
     do not bias the mean. Actions are clipped to the action space, and rounded if it is discrete, before they are
     executed and recorded; a policy sees those of several axes flattened. The policy
     sees only the episodes that need actions; `on_finish` sees each episode when it is over. Results do not depend on
-    the number of environments if the policy treats its rows independently.
+    the number of environments if the policy treats its rows independently. When `stop_fn` says so, the episodes that
+    are running are returned as they are and no other begins.
 
     Raises ValueError for a space that cannot be used and for actions that have the wrong shape or are not finite.
     """
@@ -91,7 +94,7 @@ def run(
     planned: dict[int, list[np.ndarray]] = {}  # actions still to execute, by slot
     finished = []
     ended = np.ones(envs.num_envs, bool)
-    while waiting or running:
+    while (waiting or running) and not stop_fn():
         if ended.any():
             starts = {slot: waiting.popleft() for slot in np.flatnonzero(ended) if waiting}
             # Idle slots are reset and stepped too, as the vector API knows no other way; nobody looks at them.
@@ -134,6 +137,7 @@ def run(
             if ended[slot]:
                 finished.append(dataclasses.replace(running.pop(slot), terminated=bool(terminated[slot])))
                 on_finish(finished[-1])
+    finished += [dataclasses.replace(episode, is_cut=True) for episode in running.values()]
     return sorted(finished, key=lambda episode: seeds.index(episode.seed))
 
 
@@ -147,24 +151,25 @@ def plan_policy(
     context_transitions: int,
     replan_every: int,
     max_batch: int,
+    min_batch: int = 1,
     goal_fn: Callable[[Episode], np.ndarray] | None = None,
     initial_shape: tuple[int, int] | None = None,
 ) -> Policy:
     """Make a policy that executes the first `replan_every` actions of each plan of `plan_fn` (best given jitted).
 
-    `plan_fn(params, rng_key [B], context, observation [B, N])` is called with B a power of two or `max_batch` (the
-    number of environments), so that few programs are compiled and the last episodes do not pay for a full batch. The
-    key of a plan comes from `rng_key`, the seed of the episode and its length, so a plan does not depend on its
-    neighbours, up to the rounding of `plan_fn` at different batch sizes. For a goal-conditioned model `goal_fn` gives
-    the goal [N] of an episode, which enters the planner's parameters. With `initial_shape`, the (H, A) of its plans,
-    `plan_fn` gets the last plan of each episode as one argument more, [B, H, A], moved on by the executed actions with
-    `action_search.shift`, and NaN where there is none.
+    `plan_fn(params, rng_key [B], context, observation [B, N])` is called with B a power of two from `min_batch` on, or
+    `max_batch` (the number of environments), so that few programs are compiled and the last episodes do not pay for a
+    full batch. The key of a plan comes from `rng_key`, the seed of the episode and its length, so a plan does not
+    depend on its neighbours, up to the rounding of `plan_fn` at different batch sizes. For a goal-conditioned model
+    `goal_fn` gives the goal [N] of an episode, which enters the planner's parameters. With `initial_shape`, the (H, A)
+    of its plans, `plan_fn` gets the last plan of each episode as one argument more, [B, H, A], moved on by the executed
+    actions with `action_search.shift`, and NaN where there is none.
     """
 
     no_plan = np.full(initial_shape or (), np.nan, np.float32)
 
     def policy(episodes: Sequence[Episode]) -> np.ndarray:
-        batch = pad(episodes, max_batch)
+        batch = pad(episodes, max_batch, min_batch)
         keys = _plan_keys(rng_key, [episode.seed for episode in batch], [episode.length for episode in batch])
         context = encode_context(batch, discretizer=discretizer, spec=spec, context_transitions=context_transitions)
         observation = np.stack([episode.observations[-1] for episode in batch])  # [B, N] float32
@@ -350,9 +355,9 @@ def _checked(actions: np.ndarray, num_episodes: int, action_shape: tuple[int, ..
     return actions
 
 
-def pad(episodes: Sequence[Episode], max_batch: int) -> list[Episode]:
-    """Repeat episodes up to the next power of two, at most `max_batch`."""
-    size = max(len(episodes), min(max_batch, 1 << (len(episodes) - 1).bit_length()))
+def pad(episodes: Sequence[Episode], max_batch: int, min_batch: int = 1) -> list[Episode]:
+    """Repeat episodes up to the next power of two, at least `min_batch` and at most `max_batch`."""
+    size = max(len(episodes), min(max_batch, max(min_batch, 1 << (len(episodes) - 1).bit_length())))
     return [episodes[i % len(episodes)] for i in range(size)]
 
 

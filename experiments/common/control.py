@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tqdm
 
@@ -47,12 +48,16 @@ def make_env(
 
 
 def restore(workdir: str, config_class: type, *, program: str, step: int | None = None) -> checkpoints.Checkpoint:
-    """Read the newest checkpoint, or that of `step`, of a run of `program`; one of another program is a ValueError."""
+    """Read the newest checkpoint, or that of `step`, of a run of `program`; one of another program is a ValueError.
+
+    Parameters that were saved in bfloat16 come in float32.
+    """
     checkpoint = checkpoints.restore(workdir, step)
     if not isinstance(checkpoint.config, config_class):
         name = type(checkpoint.config).__name__
         raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")
-    return checkpoint
+    params = jax.tree.map(lambda leaf: np.float32(leaf) if leaf.dtype == jnp.bfloat16 else leaf, checkpoint.params)
+    return dataclasses.replace(checkpoint, params=params)
 
 
 def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
@@ -137,7 +142,8 @@ def plan_policy(
 
     `planner` is one of `planners.PLANNERS`, to which `plan_config` is adapted. "likelihood" imitates, or goes to the
     goal that the environment set if the model was trained with goals; "mppi" and "cem" start from the last plan.
-    `on_plan` sees what each call of the planner returns, with `keep_beams` the tokens of all final beams, too.
+    `on_plan` sees what each call of the planner returns, with `keep_beams` the tokens of all final beams, too. Where
+    compiling takes longer than idle rows, other than on a CPU, every batch is a full one.
     """
     model = checkpoint.config
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
@@ -167,6 +173,7 @@ def plan_policy(
         context_transitions=plan_config.context_transitions,
         replan_every=plan_config.replan_every,
         max_batch=max_batch,
+        min_batch=1 if jax.default_backend() == "cpu" else max_batch,
         goal_fn=rollouts.rest_in_goal if model.goal_conditioned else None,
         initial_shape=(plan_config.horizon, model.spec.action_dim) if planners.PLANNERS[planner].refines else None,
     )
@@ -190,7 +197,12 @@ def mean_action_fn(params: types.Params) -> Callable[[np.ndarray], np.ndarray]:
     """Return act_fn(observation [B, N]) -> [B, A], the mean of an IQL policy."""
     params = jax.device_put(params)
     act = jax.jit(lambda params, observation: iql.sample_action(params, jax.random.key(0), observation, temperature=0))
-    return lambda observation: np.asarray(act(params, observation))
+
+    def act_fn(observation):  # in batches of a power of two, so that few programs are compiled
+        size = 1 << (len(observation) - 1).bit_length()
+        return np.asarray(act(params, np.resize(observation, (size, observation.shape[1])))[: len(observation)])
+
+    return act_fn
 
 
 def play(
@@ -201,8 +213,9 @@ def play(
     config: trajectories.DataConfig,
     title: str,
     check_fn: Callable[[], None] = lambda: None,
+    stop_fn: Callable[[], bool] = lambda: False,
 ) -> tuple[list[rollouts.Episode], dict[str, float]]:
-    """Play one episode per seed behind a progress bar, calling `check_fn()` before each plan.
+    """Play one episode per seed behind a progress bar, calling `check_fn()` before each plan; see `rollouts.run`.
 
     Also return the number of plans, the actions in them, and the seconds that the policy took.
     """
@@ -227,7 +240,8 @@ def play(
             returns.extend([] if episode.error else [episode.total_reward])
             progress.update()
 
-        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
+        hooks = {"on_finish": on_finish, "stop_fn": stop_fn}
+        episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, **hooks)
     return episodes, counts
 
 

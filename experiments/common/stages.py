@@ -46,6 +46,8 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
 def results(experiment: Experiment, numbers: dict, make_fn: Callable[[], dict]) -> dict:
     """Return what results.json in the workdir holds; where there is none, `make_fn()` does the work and returns parts.
 
+    Parts with a "complete" that is False are made again.
+
     Raises UsageError if the workdir was made with another configuration or with other `numbers`.
     """
     workdir = experiment.workdir
@@ -55,9 +57,9 @@ def results(experiment: Experiment, numbers: dict, make_fn: Callable[[], dict]) 
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
     entry.write_json(path, settings)
     path = workdir / "results.json"
-    if path.exists():
+    if path.exists() and (found := json.loads(path.read_text())).get("complete", True):
         logging.info("%s is done; another --workdir starts anew.", workdir)
-        return json.loads(path.read_text())
+        return found
     started = time.time()
     parts = make_fn() | {
         "wall_time_s": time.time() - started,  # of what was left to do

@@ -72,7 +72,7 @@ def fast(config, *, transition_dim):
     config.train.warmup_tokens = config.train.final_tokens // 50
     config.train.input_noise = 5.0
     config.train.input_noise_steps = config.train.num_steps * 17 // 20
-    config.train.steps_per_call = 500
+    config.train.steps_per_call = config.train.log_every = 500  # a call ends where something is logged
 
 
 def _fields_of(record, *, without=()):
