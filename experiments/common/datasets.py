@@ -84,7 +84,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
             "data.distinct_values=True keeps columns of few values apart.",
             merged,
         )
-    train_episodes, held_out_episodes = _split(loaded, config.data.eval_fraction, config.seed)
+    train_episodes, held_out_episodes = split(loaded, config.data.eval_fraction, config.seed)
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
@@ -123,8 +123,8 @@ def _fit(loaded, values, settings) -> tokenization.Discretizer:
     )
 
 
-def _split(loaded, fraction, seed):
-    """Hold out a share of the episodes, none if a part would be left without windows."""
+def split(loaded: trajectories.Trajectories, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the episodes to train on and a share that is held out, none if a part would be left without windows."""
     if not 0 <= fraction < 1:
         raise entry.UsageError(f"data.eval_fraction={fraction} must be in [0, 1).")
     lengths = np.diff(loaded.offsets)
