@@ -8,7 +8,7 @@ import pytest
 
 from experiments.common import entry, settings
 from experiments.configs import antmaze, base, dataset, four_rooms, locomotion, maze, quickstart, sparse_maze
-from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer, types
+from tt_jax import ensemble, iql, iql_training, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
 ANTMAZE = [f"{name}{size}" for name in antmaze.MAZES for size in ("", "-cpu")]
@@ -32,12 +32,15 @@ RECORDS = {
     "plan": sequence_planner.PlanConfig,
     "iql": iql.IQLConfig,
     "iql_train": iql_training.IQLTrainConfig,
+    "ensemble": ensemble.EnsembleConfig,
+    "ensemble_train": ensemble.EnsembleTrainConfig,
 }
 OTHER_FIELDS = {"data": {"eval_fraction", "num_bins", "method", "distinct_values"}, "iql": {"actor_cosine"}}
 COMPUTED = {  # fields of records that the data or another field brings
     "model": {"spec": types.TransitionSpec(observation_dim=4, action_dim=2, num_bins=100)},
     "plan": {"discount": 0.9},
     "iql": {"observation_dim": 4, "action_dim": 2, "actor_cosine_steps": 10},
+    "ensemble": {"observation_dim": 4, "action_dim": 2},
 }
 
 

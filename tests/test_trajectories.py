@@ -268,6 +268,18 @@ def test_load_keeps_the_first_dimensions(write):
         trajectories.load(dataset_id, config=trajectories.DataConfig(observation_slice=4))
 
 
+def test_load_leaves_out_hidden_dimensions(write):
+    episodes = list(random_episodes([4, 4]))
+    dataset_id = write(episodes)
+    data = trajectories.load(dataset_id, config=trajectories.DataConfig(hidden_dims=(1,)))
+    flat = np.concatenate([e.observations[:-1] for e in episodes])
+    np.testing.assert_array_equal(data.observations, flat[:, [0, 2]])
+    assert data.observation_columns.size == 2 and data.final_observations.shape == (2, 2)
+    for hidden in ((3,), (0, 1, 2)):
+        with pytest.raises(ValueError, match="must be some, but not all, of the 3 observed dimensions"):
+            trajectories.load(dataset_id, config=trajectories.DataConfig(hidden_dims=hidden))
+
+
 @pytest.mark.parametrize(
     "name, index, value, place",
     [

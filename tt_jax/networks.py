@@ -1,4 +1,4 @@
-"""The networks of IQL as Flax modules: MLPs that XLA updates fast, on a CPU and under `vmap`.
+"""The networks of IQL and of single-step models as Flax modules: MLPs that XLA updates fast, on a CPU and under `vmap`.
 
 Their products have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
 """
@@ -20,9 +20,10 @@ DropoutFn = Callable[[chex.Array, int], chex.Array]
 
 
 class MLP(nn.Module):
-    """Dense layers, with ReLU after all but the last; `sizes` are their units."""
+    """Dense layers, with the activation after all but the last; `sizes` are their units."""
 
     sizes: tuple[int, ...]
+    activation: Callable[[chex.Array], chex.Array] = nn.relu
 
     @nn.compact
     def __call__(self, x: chex.Array, dropout_fn: DropoutFn | None = None) -> chex.Array:
@@ -30,7 +31,7 @@ class MLP(nn.Module):
         for layer, size in enumerate(self.sizes):
             x = nn.Dense(size, kernel_init=nn.initializers.orthogonal(2**0.5), dot_general=_dot_general)(x)
             if layer < len(self.sizes) - 1:
-                x = nn.relu(x)
+                x = self.activation(x)
                 x = dropout_fn(x, layer) if dropout_fn else x
         return x
 

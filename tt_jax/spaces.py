@@ -53,9 +53,9 @@ def join(parts: list[Columns]) -> Columns:
     return Columns(**{name: np.concatenate([getattr(part, name) for part in [empty, *parts]]) for name in names})
 
 
-def first(of: Columns, size: int) -> Columns:
-    """Keep the first `size` columns."""
-    return Columns(low=of.low[:size], high=of.high[:size], is_discrete=of.is_discrete[:size])
+def take(of: Columns, index: np.ndarray) -> Columns:
+    """Keep the columns `index` in their order."""
+    return Columns(low=of.low[index], high=of.high[index], is_discrete=of.is_discrete[index])
 
 
 def keys(space, prefix: str = "") -> list[str]:

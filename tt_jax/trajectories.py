@@ -20,6 +20,7 @@ class DataConfig:
 
     observation_keys: tuple[str, ...] = ()  # Dict observations: the keys to concatenate, in this order; nested: a/b
     observation_slice: int = 0  # keep the first n dimensions; 0 keeps all
+    hidden_dims: tuple[int, ...] = ()  # leave out these of the dimensions that are kept
     step: int = 1  # environment steps from one transition of a window to the next
     discount: float = 0.99  # of the return-to-go, per environment step
     termination_penalty: float | None = None  # replaces the reward of a terminal step
@@ -137,7 +138,13 @@ def flatten_observations(observations, *, config: DataConfig) -> np.ndarray:
         raise KeyError(f"observation_keys must name some of {sorted(observations)}")
     parts = [spaces.flatten(spaces.entry(observations, key)) for key in keys] or [spaces.flatten(observations)]
     flat = np.concatenate(parts, axis=1)
-    return flat[:, : config.observation_slice] if config.observation_slice else flat
+    seen = _seen_dims(flat.shape[1], config)
+    return flat if len(seen) == flat.shape[1] else flat[:, seen]
+
+
+def _seen_dims(size, config):
+    """List which of `size` observed dimensions a model sees."""
+    return np.setdiff1d(np.arange(size)[: config.observation_slice or size], config.hidden_dims)
 
 
 def select(trajectories: Trajectories, episodes) -> Trajectories:
@@ -326,7 +333,14 @@ def _columns(dataset_id, storage, config):
         raise ValueError(
             f"data.observation_slice={config.observation_slice} exceeds the {observed.size} observed dimensions."
         )
-    return spaces.first(observed, config.observation_slice or observed.size), actions
+    unknown = [dim for dim in config.hidden_dims if not 0 <= dim < (config.observation_slice or observed.size)]
+    seen = _seen_dims(observed.size, config)
+    if unknown or not len(seen):
+        raise ValueError(
+            f"data.hidden_dims={config.hidden_dims} must be some, but not all, of the "
+            f"{config.observation_slice or observed.size} observed dimensions, counted from 0."
+        )
+    return spaces.take(observed, seen), actions
 
 
 def _has(space, key):

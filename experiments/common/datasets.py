@@ -93,7 +93,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
             "data.distinct_values=True keeps columns of few values apart.",
             merged,
         )
-    train_episodes, held_out_episodes = _split(loaded, config.data.eval_fraction, config.seed)
+    train_episodes, held_out_episodes = split(loaded, config.data.eval_fraction, config.seed)
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
@@ -132,8 +132,8 @@ def _fit(loaded, values, settings) -> tokenization.Discretizer:
     )
 
 
-def _split(loaded, fraction, seed):
-    """Hold out a share of the episodes, none if a part would be left without windows."""
+def split(loaded: trajectories.Trajectories, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the episodes to train on and a share that is held out, none if a part would be left without windows."""
     lengths = np.diff(loaded.offsets)
     order = np.random.default_rng(seed).permutation(len(lengths))
     num_held_out = round(fraction * len(order))

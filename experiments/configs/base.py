@@ -8,6 +8,8 @@ Most parts are records of the library, where their fields have defaults and comm
     plan        tt_jax.sequence_planner.PlanConfig
     iql         tt_jax.iql.IQLConfig
     iql_train   tt_jax.iql_training.IQLTrainConfig
+    ensemble    tt_jax.ensemble.EnsembleConfig, single-step models of the dynamics
+    ensemble_train  tt_jax.ensemble.EnsembleTrainConfig
 
 A new field of a record is a field here, too, and in every family. Defaults are those of the papers for locomotion, a
 GPU's work for hours.
@@ -18,7 +20,7 @@ import typing
 
 from ml_collections import config_dict
 
-from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer
+from tt_jax import ensemble, iql, iql_training, sequence_planner, training, trajectories, transformer
 
 
 def get_config():
@@ -40,6 +42,9 @@ def get_config():
     config.iql = _fields_of(iql.IQLConfig, without=("actor_cosine_steps",))
     config.iql.actor_cosine = True  # the policy's rate falls to 0 over iql_train.num_steps
     config.iql_train = _fields_of(iql_training.IQLTrainConfig)
+
+    config.ensemble = _fields_of(ensemble.EnsembleConfig)
+    config.ensemble_train = _fields_of(ensemble.EnsembleTrainConfig)
 
     config.eval = config_dict.ConfigDict()  # of IQL's policy while it trains
     config.eval.num_episodes = 10  # of each learner; 0: none
