@@ -83,6 +83,9 @@ def main(_):
             "the first below the second."
         )
     preemption = entry.Preemption()
+    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)[jax.process_index() :: jax.process_count()]
+    if NUM_EPISODES.value < jax.process_count():
+        raise ValueError(f"--num_episodes={NUM_EPISODES.value} must be at least the {jax.process_count()} processes.")
     try:
         model_class = transformer.TransformerConfig
         checkpoint = control.restore(WORKDIR.value, model_class, program="train_tt", step=STEP.value)
@@ -109,7 +112,7 @@ def main(_):
     if learners and PLANNER.value != "reward":
         raise ValueError("--iql_workdir guides --planner=reward alone.")
     try:
-        envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, NUM_EPISODES.value))
+        envs = rollouts.vectorize(make_env, min(NUM_ENVS.value, len(seeds)))
     except environments.Untrusted as error:
         raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run it.") from error
     except environments.Unavailable as error:
@@ -126,7 +129,7 @@ def main(_):
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
-    if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
+    if VIDEO.value and entry.is_main_process():  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
     policy = control.plan_policy(
@@ -140,20 +143,23 @@ def main(_):
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
-    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
     with preemption.doing("plan"):
         check_fn = functools.partial(preemption.check, "plan")
         played = control.play(envs, policy, seeds=seeds, config=data_config, title="plan", check_fn=check_fn)
-    episodes, counts = played
+    played = control.gather(played)
     seconds = time.time() - compiled
+    if not entry.is_main_process():
+        return
+    episodes = sorted((episode for part, _ in played for episode in part), key=lambda episode: episode.seed)
+    num_plans = sum(counts["plans"] for _, counts in played)
 
     results = {
         "checkpoint_step": checkpoint.step,
         "environment": envs.envs[0].spec.id,
         "dataset": run["dataset"],
         **control.summarize(episodes, _reference_scores(run["dataset"])),
-        "num_plans": counts["plans"],
-        "plans_per_second": counts["plans"] / seconds,
+        "num_plans": num_plans,
+        "plans_per_second": num_plans / seconds,
         "wall_time_s": seconds,
         "compile_time_s": compiled - started,
         "device": jax.devices()[0].device_kind,

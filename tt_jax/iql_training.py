@@ -12,7 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from tt_jax import data_parallel, iql, types
+from tt_jax import data_parallel, iql, shards, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +47,21 @@ def make_train_fn(
 
     As `training.make_train_fn`, for the stacked states of `init` and a `types.Transitions` of [num_transitions, ...];
     metrics, those of `iql.update`, are [steps_per_call, num_seeds]. Each learner draws its transitions, with
-    replacement, from its own seed and step, so it learns what it would learn alone. Raises ValueError if the batch
+    replacement, from its own seed and step, so it learns what it would learn alone. Instead of all transitions it may
+    get a `shards.Shard`. Raises ValueError if the batch
     cannot be shared equally.
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag="iql_train.batch_size")
 
     def train(state, transitions, seed, num_steps):
         first = jax.lax.axis_index(data_parallel.AXIS) * local_size
+        size = num_transitions
+        if isinstance(transitions, shards.Shard):
+            transitions, size = transitions.data, transitions.size
 
         def one_step(learner, learner_seed):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(learner_seed), 1), learner.step)
-            rows = jax.random.randint(key, [config.batch_size], 0, num_transitions)
+            rows = jax.random.randint(key, [config.batch_size], 0, size)
             rows = jax.lax.dynamic_slice_in_dim(rows, first, local_size)
             batch = jax.tree.map(lambda leaf: leaf[rows], transitions)
             return iql.update(learner, batch, config=iql_config, axis_name=data_parallel.AXIS)

@@ -2,15 +2,28 @@
 
 import collections
 import dataclasses
+import pickle
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium
 import jax
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
-from tt_jax import checkpoints, environments, iql, likelihood_search, rollouts, sequence_planner, trajectories, types
+from tt_jax import (
+    checkpoints,
+    data_parallel,
+    environments,
+    iql,
+    likelihood_search,
+    rollouts,
+    sequence_planner,
+    trajectories,
+    types,
+)
 
 
 def make_env(
@@ -85,7 +98,13 @@ def plan_policy(
     """
     make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
     guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
-    plan_fn = jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+    whole = data_parallel.WHOLE
+    plan_fn = data_parallel.over_local_rows(
+        make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance),
+        first_specs=sequence_planner.PlannerParams(
+            transformer=whole, discretizer=whole, extra=whole, goal=data_parallel.ROWS
+        ),
+    )
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)
@@ -97,7 +116,7 @@ def plan_policy(
     )
     return rollouts.plan_policy(
         noted_plan_fn,
-        jax.device_put(params),
+        jax.device_put(params, data_parallel.on_local_devices()),
         jax.random.key(seed),
         discretizer=checkpoint.tokenizer,
         spec=checkpoint.config.spec,
@@ -165,6 +184,18 @@ def play(
 
         episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, on_finish=on_finish)
     return episodes, counts
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the value of every process, in their order; all processes must ask."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def summarize(episodes: Sequence[rollouts.Episode], reference: tuple[float, float] | None = None) -> dict:

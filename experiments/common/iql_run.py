@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, training_loop
-from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, rollouts, shards, trajectories
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -37,6 +37,7 @@ def train(config, workdir, *, preemption, download=False):
     )
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
     units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
+    stores, sizes = shards.split_transitions(transitions, config.data.num_shards)
     run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
 
     def params_fn(params):
@@ -49,10 +50,9 @@ def train(config, workdir, *, preemption, download=False):
         model={"config": iql_config, "tokenizer": None, "run": run},
         free_fields=("actor_cosine_steps",),
         params_fn=params_fn,
-        train_fn=iql_training.make_train_fn(
-            config=train_config, iql_config=iql_config, num_transitions=len(transitions.rewards)
-        ),
-        store=transitions,
+        train_fn=iql_training.make_train_fn(config=train_config, iql_config=iql_config, num_transitions=max(sizes)),
+        stores=stores,
+        sizes=sizes,
         seed=config.seed,
         evaluate=_make_evaluate(run, data_config, iql_config, preemption) if config.eval.num_episodes else None,
         describe=lambda metrics, rate: (

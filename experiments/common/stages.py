@@ -36,6 +36,7 @@ class Experiment:
 def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset: str | None) -> Experiment:
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
     preemption = entry.Preemption()
+    entry.check_alone()
     entry.hold(workdir)
     config.seed, config.dataset = seed, dataset or config.dataset
     return Experiment(config, pathlib.Path(workdir), preemption)

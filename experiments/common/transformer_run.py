@@ -5,7 +5,7 @@ import functools
 import jax
 
 from experiments.common import datasets, entry, training_loop
-from tt_jax import data_parallel, training, trajectories, transformer
+from tt_jax import data_parallel, shards, training, trajectories, transformer
 
 
 def train(config, workdir, *, preemption, download=False):
@@ -14,17 +14,18 @@ def train(config, workdir, *, preemption, download=False):
         raise entry.UsageError(f"seed={config.seed} must be in [0, 2**32).")
     data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
-    num_windows = trajectories.num_windows(data.train.offsets)
+    stores = shards.split_store(data.train, config.data.num_shards)
+    sizes = [trajectories.num_windows(store.offsets) for store in stores]
     train_config = training.with_token_schedule(
         entry.to_dataclass(training.TrainConfig, config.train),
-        num_windows=num_windows,
+        num_windows=sum(sizes),
         block_size=model_config.block_size,
     )
     windows_fn = functools.partial(
         trajectories.windows, spec=data.spec, config=data.config, max_transitions=model_config.max_transitions
     )
     functions = {"config": train_config, "model_config": model_config, "windows_fn": windows_fn}
-    train_fn = training.make_train_fn(num_windows=num_windows, **functions)
+    train_fn = training.make_train_fn(num_windows=max(sizes), **functions)
     evaluate = None
     if data.held_out:
         eval_fn = training.make_eval_fn(num_windows=trajectories.num_windows(data.held_out.offsets), **functions)
@@ -46,7 +47,8 @@ def train(config, workdir, *, preemption, download=False):
             "run": data.run,
         },
         train_fn=train_fn,
-        store=data.train,
+        stores=stores,
+        sizes=sizes,
         seed=config.seed,
         evaluate=evaluate,
         describe=lambda metrics, rate: (
