@@ -27,6 +27,7 @@ OVERWRITE = run_flags.overwrite()
 
 def main(_):
     preemption = entry.Preemption()
+    entry.check_alone()
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
     if not ENV.value.startswith("PointMaze_"):
         raise ValueError(f"--env={ENV.value} must be one of gymnasium-robotics' PointMaze_* environments.")

@@ -53,6 +53,9 @@ def main(_):
             "the first below the second."
         )
     preemption = entry.Preemption()
+    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)[jax.process_index() :: jax.process_count()]
+    if NUM_EPISODES.value < jax.process_count():
+        raise ValueError(f"--num_episodes={NUM_EPISODES.value} must be at least the {jax.process_count()} processes.")
     try:
         given = run_flags.given(PLAN)
         checkpoint, learners, plan_config = control.restore_planner(
@@ -66,7 +69,7 @@ def main(_):
     data_config = datasets.data_config(run["data"])
     settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
     make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
-    num_envs = min(NUM_ENVS.value, NUM_EPISODES.value)
+    num_envs = min(NUM_ENVS.value, len(seeds))
     envs = control.vectorize(lambda: rollouts.Guarded(make_env()), num_envs, spec=model.spec, config=data_config)
     planners.check(
         planner,
@@ -84,13 +87,12 @@ def main(_):
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
-    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)
     bounds = checkpoint.tokenizer.thresholds[: model.spec.observation_dim]
     checked = environment_check.check(
         envs.envs[0], run["dataset"], low=bounds[:, 0], high=bounds[:, -1], seeds=seeds, config=data_config
     )
     drawing = DRAW.value and _open_drawing(DRAW.value, planner, plan_config.horizon)
-    if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
+    if VIDEO.value and entry.is_main_process():  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
     choice = {"seed": SEED.value, "learners": learners, "planner": planner, "search_config": search_config}
@@ -102,8 +104,12 @@ def main(_):
     with preemption.doing("plan"):
         check_fn = functools.partial(preemption.check, "plan")
         played = control.play(envs, policy, seeds=seeds, config=data_config, title="plan", check_fn=check_fn)
-    episodes, counts = played
+    played = control.gather(played)
     seconds = time.time() - compiled
+    if not entry.is_main_process():
+        return
+    episodes = sorted((episode for part, _ in played for episode in part), key=lambda episode: episode.seed)
+    num_plans = sum(counts["plans"] for _, counts in played)
     episodes, failures = control.without_failures(episodes)
 
     results = {
@@ -113,8 +119,8 @@ def main(_):
         "dataset": run["dataset"],
         **control.summarize(episodes, _reference_scores(run["dataset"])),
         "failures": failures,
-        "num_plans": counts["plans"],
-        "plans_per_second": counts["plans"] / seconds,
+        "num_plans": num_plans,
+        "plans_per_second": num_plans / seconds,
         "wall_time_s": seconds,
         "compile_time_s": compiled - started,
         "device": jax.devices()[0].device_kind,

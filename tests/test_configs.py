@@ -35,7 +35,10 @@ RECORDS = {
     "ensemble": ensemble.EnsembleConfig,
     "ensemble_train": ensemble.EnsembleTrainConfig,
 }
-OTHER_FIELDS = {"data": {"eval_fraction", "num_bins", "method", "distinct_values"}, "iql": {"actor_cosine"}}
+OTHER_FIELDS = {
+    "data": {"eval_fraction", "num_bins", "num_shards", "method", "distinct_values"},
+    "iql": {"actor_cosine"},
+}
 COMPUTED = {  # fields of records that the data or another field brings
     "model": {"spec": types.TransitionSpec(observation_dim=4, action_dim=2, num_bins=100)},
     "plan": {"discount": 0.9},

@@ -20,6 +20,27 @@ def test_every_device_works_on_its_own_row_and_can_add_up_with_the_others():
     np.testing.assert_array_equal(total, np.full(NUM_DEVICES, 15))
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 6])
+def test_rows_are_shared_by_the_devices_whatever_their_number(size):
+    def fn(first, keys, rows):
+        drawn = jax.vmap(lambda key: jax.random.uniform(key, [2]))(keys)
+        own = rows["x"] + (0 if first["goal"] is None else first["goal"]) + first["bias"]
+        return {"sum": own + drawn, "rows_of_a_device": jnp.full(len(rows["x"]), len(rows["x"]))}
+
+    specs = {"bias": data_parallel.WHOLE, "goal": data_parallel.ROWS}
+    over_rows = data_parallel.over_local_rows(fn, first_specs=specs)
+    keys = jax.random.split(jax.random.key(0), size)
+    rows = {"x": np.arange(2.0 * size, dtype=np.float32).reshape(size, 2)}
+    for goal in (None, np.ones([size, 2], np.float32)):
+        first = {"bias": jax.device_put(np.ones([1, 2], np.float32), data_parallel.on_local_devices()), "goal": goal}
+        got, expected = (
+            over_rows(first, keys, rows),
+            fn({"bias": np.ones([1, 2], np.float32), "goal": goal}, keys, rows),
+        )
+        np.testing.assert_array_equal(got["sum"], expected["sum"])
+        np.testing.assert_array_equal(got["rows_of_a_device"], np.full(size, -(-size // NUM_DEVICES)))
+
+
 def test_what_is_taken_to_the_host_outlives_a_donation():
     tree = {"a": np.arange(3.0), "b": np.uint32(7)}
     replicas = data_parallel.replicate(tree)

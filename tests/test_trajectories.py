@@ -1,6 +1,7 @@
 """Loading, returns-to-go and windows, against the stored arrays of the PyTorch reference and a plain numpy version."""
 
 import dataclasses
+import json
 import pathlib
 
 import chex
@@ -230,6 +231,27 @@ def test_load_keeps_stored_numbers_and_drops_the_observation_after_the_end(write
     np.testing.assert_array_equal(data.terminated, [False, True, False])
     assert (data.observations.dtype, data.actions.dtype) == (np.float64, np.float32)
     assert data.max_path_length == 5  # no environment, so the longest episode
+
+
+def test_load_does_not_rely_on_the_count_of_steps_and_looks_at_all_rows(write, tmp_path, monkeypatch):
+    episodes = list(random_episodes([5, 3, 9, 2]))
+    dataset_id = write(episodes)
+    expected = trajectories.load(dataset_id, config=trajectories.DataConfig())
+    (path,) = tmp_path.rglob("metadata.json")
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"total_steps": 4}))
+    monkeypatch.setattr(trajectories, "_ROWS_AT_A_TIME", 4)
+    loaded = trajectories.load(dataset_id, config=trajectories.DataConfig())
+    for name in ("observations", "actions", "rewards", "offsets", "final_observations"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name))
+    parts = [episode.actions for episode in episodes]
+    np.testing.assert_array_equal(loaded.actions, np.concatenate(parts))
+    joined = trajectories.segment(loaded, discount=0.9)
+    np.testing.assert_allclose(joined[:, -2], np.concatenate([episode.rewards for episode in episodes]))
+    values = [
+        sum(0.9**k * r for k, r in enumerate(e.rewards[t + 1 :])) for e in episodes for t in range(len(e.rewards))
+    ]
+    np.testing.assert_allclose(joined[:, -1], values, rtol=1e-12, atol=1e-12)
 
 
 def test_load_takes_the_time_limit_from_the_environment(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """Data parallelism over the devices: the one wrapper, a device's share of a batch, many steps per compiled call."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import jax_utils
 
 AXIS = "devices"
+ROWS, WHOLE = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()  # see `over_local_rows`
 
 
 def over_devices(fn: Callable[..., Any], *, donate_argnums: int | tuple[int, ...] = ()) -> Callable[..., Any]:
@@ -18,6 +20,45 @@ def over_devices(fn: Callable[..., Any], *, donate_argnums: int | tuple[int, ...
     Every array in arguments and results has a leading axis of the local devices, see `replicate`.
     """
     return jax.pmap(fn, axis_name=AXIS, donate_argnums=donate_argnums)
+
+
+def over_local_rows(fn: Callable[..., Any], *, first_specs: Any) -> Callable[..., Any]:
+    """Compile `fn(first, *rows)`, whose rows do not depend on each other, to share them among this process's devices.
+
+    `rows` and results are pytrees of arrays [B, ...], for any B: some rows are computed twice where the devices do not
+    divide it. Of `first`, `first_specs`, a prefix of it, says with `ROWS` which arrays are shared, too, and with
+    `WHOLE` which every device needs whole. With one device this is `jax.jit`.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        return jax.jit(fn)
+
+    @functools.cache
+    def compiled(num_rows):
+        # Without the check of what differs between devices: `fn` need not know of them.
+        specs = {"in_specs": (first_specs, *[ROWS] * num_rows), "out_specs": ROWS, "check_vma": False}
+        return jax.jit(jax.shard_map(fn, mesh=on_local_devices().mesh, **specs))
+
+    def prepare(first, rows):
+        size = len(jax.tree.leaves(rows)[0])
+        taken = np.arange(-(-size // len(devices)) * len(devices)) % size
+
+        def pad(spec, tree):
+            return jax.tree.map(lambda leaf: leaf[taken], tree) if spec == ROWS else tree
+
+        return jax.tree.map(pad, first_specs, first), *(pad(ROWS, row) for row in rows)
+
+    def call(first, *rows):
+        results = compiled(len(rows))(*prepare(first, rows))
+        return jax.tree.map(lambda leaf: leaf[: len(jax.tree.leaves(rows)[0])], results)
+
+    call.lower = lambda first, *rows: compiled(len(rows)).lower(*prepare(first, rows))  # as that of `jax.jit`
+    return call
+
+
+def on_local_devices() -> jax.sharding.NamedSharding:
+    """Return where `over_local_rows` wants what is `WHOLE`, for `jax.device_put`."""
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(jax.local_devices(), (AXIS,)), WHOLE)
 
 
 def replicate(tree: Any) -> Any:

@@ -29,6 +29,7 @@ def make_train_fn(
     """Return the data-parallel train_fn(state, transitions, seed, num_steps) -> (state, metrics).
 
     `learners.make_train_fn` for a `types.Transitions` of [num_transitions, ...]; metrics are those of `iql.update`.
+    Instead of all transitions it may get a `shards.Shard`.
     """
 
     def update(state, batch, _, *, axis_name):

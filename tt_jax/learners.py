@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tt_jax import data_parallel, types
+from tt_jax import data_parallel, shards, types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +70,20 @@ def make_train_fn(
     As `training.make_train_fn`, for the stacked states of `init`; metrics are [steps_per_call, num_seeds].
     `batch_fn(store, rows)` gathers the rows [B], drawn from [0, num_rows) with replacement, and
     `update_fn(state, batch, keys, axis_name=...)` learns from them, with a key for each row. Each learner learns what
-    it would learn alone. Raises ValueError if the batch cannot be shared equally.
+    it would learn alone. `store` may be a `shards.Shard` of at most `num_rows`. Raises ValueError if the batch cannot
+    be shared equally.
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag=f"{config.section}.batch_size")
 
     def train(state, store, seed, num_steps):
-        first = jax.lax.axis_index(data_parallel.AXIS) * local_size
+        first, size = jax.lax.axis_index(data_parallel.AXIS) * local_size, num_rows
+        if isinstance(store, shards.Shard):
+            store, size = store.data, store.size
 
         def one_step(learner, learner_seed):
             root = jax.random.key(learner_seed)
             row_key, noise_key = (jax.random.fold_in(jax.random.fold_in(root, use), learner.step) for use in (1, 2))
-            rows = jax.random.randint(row_key, [config.batch_size], 0, num_rows)
+            rows = jax.random.randint(row_key, [config.batch_size], 0, size)
             rows = jax.lax.dynamic_slice_in_dim(rows, first, local_size)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(noise_key, first + jnp.arange(local_size))
             return update_fn(learner, batch_fn(store, rows), keys, axis_name=data_parallel.AXIS)

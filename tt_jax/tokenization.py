@@ -4,7 +4,7 @@ Bins are fitted on the host in float64 and used there in float64 (numpy in, nump
 same bins are float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import chex
@@ -39,46 +39,56 @@ def fit(
     Raises ValueError for an unknown method, no rows, more known values than bins, and values that are not finite
     (naming the columns).
     """
-    values = np.asarray(values, np.float64)
+    values = np.asarray(values)
     if values.ndim != 2 or values.shape[0] == 0:
         raise ValueError(f"values must have shape [n, D] with n >= 1, got {values.shape}.")
+    settings = {"method": method, "distinct_values": distinct_values, "known_values": known_values}
+    return fit_columns(values.T, num_bins=num_bins, **settings)
+
+
+def fit_columns(
+    columns: Iterable[np.ndarray],
+    *,
+    num_bins: int,
+    method: Literal["quantile", "uniform"] = "quantile",
+    distinct_values: bool = False,
+    known_values: Mapping[int, np.ndarray] | None = None,
+) -> Discretizer:
+    """Fit bins as `fit` does to D `columns` [n], which are looked at one by one: all may not fit in float64."""
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
-    broken = np.flatnonzero(~np.isfinite(values).all(axis=0))
-    if broken.size:
-        raise ValueError(
-            f"columns {broken.tolist()} hold values that are not finite (NaN or infinity); clean the data."
-        )
-    if method == "quantile":
-        thresholds = _quantile_thresholds(values, num_bins)
-    elif method == "uniform":
-        thresholds = np.linspace(values.min(axis=0), values.max(axis=0), num_bins + 1, axis=1)
-    else:
+    if method not in ("quantile", "uniform"):
         raise ValueError(f'method must be "quantile" or "uniform", got "{method}".')
-    centers = (thresholds[:, :-1] + thresholds[:, 1:]) / 2
-    if distinct_values:
-        for dim, column in enumerate(values.T):
-            distinct = np.unique(column)
-            if len(distinct) <= num_bins:
-                thresholds[dim], centers[dim] = _bins_of_distinct_values(distinct, num_bins)
-    for dim, known in (known_values or {}).items():
-        if len(known) > num_bins:
-            raise ValueError(
-                f"column {dim} takes {len(known)} values, more than num_bins={num_bins}; set that many bins."
-            )
-        thresholds[dim], centers[dim] = _bins_of_distinct_values(np.asarray(known, np.float64), num_bins)
+    bins, broken = [], []
+    for dim, column in enumerate(columns):
+        column, known = np.asarray(column, np.float64), (known_values or {}).get(dim)
+        if not np.isfinite(column).all():
+            broken.append(dim)
+        elif known is not None:
+            if len(known) > num_bins:
+                raise ValueError(
+                    f"column {dim} takes {len(known)} values, more than num_bins={num_bins}; set that many bins."
+                )
+            bins.append(_bins_of_distinct_values(np.asarray(known, np.float64), num_bins))
+        elif distinct_values and len(distinct := np.unique(column)) <= num_bins:
+            bins.append(_bins_of_distinct_values(distinct, num_bins))
+        else:
+            if method == "quantile":
+                edges = _quantile_thresholds(column, num_bins)
+            else:
+                edges = np.linspace(column.min(), column.max(), num_bins + 1)
+            bins.append((edges, (edges[:-1] + edges[1:]) / 2))
+    if broken:
+        raise ValueError(f"columns {broken} hold values that are not finite (NaN or infinity); clean the data.")
+    thresholds, centers = map(np.stack, zip(*bins, strict=True))
     return Discretizer(thresholds=thresholds, centers=centers)
 
 
-def _quantile_thresholds(values: np.ndarray, num_bins: int) -> np.ndarray:
-    stride = -(-len(values) // num_bins)
-    thresholds = np.empty([values.shape[1], num_bins + 1])
-    for dim in range(values.shape[1]):  # one by one, as a sorted copy of all may not fit
-        ordered = np.sort(values[:, dim])
-        kept = ordered[::stride]
-        thresholds[dim, : len(kept)] = kept
-        thresholds[dim, len(kept) :] = ordered[-1]  # at least one: the maximum always closes the last bin
-    return thresholds
+def _quantile_thresholds(column: np.ndarray, num_bins: int) -> np.ndarray:
+    ordered = np.sort(column)
+    kept = ordered[:: -(-len(column) // num_bins)]
+    # At least one is added: the maximum always closes the last bin.
+    return np.concatenate([kept, np.full(num_bins + 1 - len(kept), ordered[-1])])
 
 
 def _bins_of_distinct_values(distinct: np.ndarray, num_bins: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from tt_jax import data_parallel, trajectories, transformer, types
+from tt_jax import data_parallel, shards, trajectories, transformer, types
 
 _EVAL_WINDOWS = 2048  # whatever the batch, so that runs can be compared
 _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
@@ -256,20 +256,30 @@ def _check_microbatches(size, num_rows):
         raise ValueError(f"train.microbatch_size={size} must divide the {num_rows} windows of a device's batch.")
 
 
-def window_ids(seed: chex.Numeric, step: chex.Numeric, *, batch_size: int, num_windows: int) -> chex.Array:
+def window_ids(
+    seed: chex.Numeric,
+    step: chex.Numeric,
+    *,
+    batch_size: int,
+    num_windows: chex.Numeric,
+    max_windows: int | None = None,
+) -> chex.Array:
     """Return the int32 ids [batch_size] of the windows of a step.
 
     Every epoch visits each window once, in an order that depends only on `seed` and the epoch; a batch that crosses
-    the end of an epoch goes on in the next. `step * batch_size` must stay below 2**32.
+    the end of an epoch goes on in the next. `step * batch_size` must stay below 2**32. A traced `num_windows` needs
+    `max_windows`, a static bound, on which the order depends as well.
     """
     position = jnp.uint32(step) * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
-    epoch, index = position // jnp.uint32(num_windows), position % jnp.uint32(num_windows)
-    return _permute(index, _mix(jnp.uint32(seed) + _mix(epoch)), num_windows).astype(jnp.int32)
+    size = jnp.uint32(num_windows)
+    epoch, index = position // size, position % size
+    key = _mix(jnp.uint32(seed) + _mix(epoch))
+    return _permute(index, key, size, max_size=max_windows or num_windows).astype(jnp.int32)
 
 
-def _permute(index, key, size):
+def _permute(index, key, size, *, max_size):
     """Permute [0, size) by a Feistel network on the next even number of bits, repeated until the result is in range."""
-    half = (max(size - 1, 1).bit_length() + 1) // 2
+    half = (max(max_size - 1, 1).bit_length() + 1) // 2
 
     def feistel(x):
         left, right = x >> half, x & ((1 << half) - 1)
@@ -302,7 +312,8 @@ def make_train_fn(
     Arguments and results have a leading axis of the local devices (see `replicate`); the state is donated. `num_steps`
     is traced, at most `config.steps_per_call`; metrics are [steps_per_call], of which the first `num_steps` count. A
     `schedule`, by name, replaces that of the configuration. How a run is split into calls, and over how many devices,
-    changes none of the random bits. `windows_fn(store, ids)` gathers windows. Raises ValueError if the batch cannot be
+    changes none of the random bits. `windows_fn(store, ids)` gathers windows. `store` may be a `shards.Shard` of at
+    most `num_windows`. Raises ValueError if the batch cannot be
     shared equally or the run is too long to count.
     """
     if config.num_steps * config.batch_size >= 2**32:
@@ -315,9 +326,14 @@ def make_train_fn(
         dropout_root = jax.random.fold_in(jax.random.key(seed), 1)
         first = jax.lax.axis_index(data_parallel.AXIS) * local_size
         rows = first + jnp.arange(local_size)
+        sizes = {"num_windows": num_windows, "batch_size": config.batch_size}
+        first_step = 0
+        if isinstance(store, shards.Shard):
+            sizes |= {"num_windows": store.size, "max_windows": num_windows}
+            store, first_step = store.data, store.first_step
 
         def one_step(state):
-            ids = window_ids(seed, state.step, batch_size=config.batch_size, num_windows=num_windows)
+            ids = window_ids(seed, state.step - first_step, **sizes)
             batch = windows_fn(store, jax.lax.dynamic_slice_in_dim(ids, first, local_size))
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(dropout_root, state.step), rows)
             if config.input_noise:

@@ -13,6 +13,8 @@ import numpy as np
 
 from tt_jax import spaces, types
 
+_ROWS_AT_A_TIME = 2**20  # of what takes many times the memory of the data
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -80,20 +82,19 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
     storage = minari_files.open_storage(dataset_id, download=download)
     observation_columns, action_columns = _columns(dataset_id, storage, config)
     chosen = _chosen_episodes(storage.total_episodes, config)
-    columns, lengths, final_observations, terminated = [None] * 3, [], [], []
-    most, start = int(storage.metadata.get("total_steps") or 0), 0
+    expected_rows = int(storage.metadata.get("total_steps") or 0)
+    flat, offsets, final_observations, terminated = [None, None, None], [0], [], []
     for index, episode in zip(chosen, minari_files.read_episodes(storage, chosen), strict=True):
-        *parts, final, is_terminated = _read_episode(dataset_id, index, episode, config, action_columns.size)
-        columns = [_put(whole, part, start=start, most=most) for whole, part in zip(columns, parts, strict=True)]
-        lengths.append(len(parts[0]))
-        start += lengths[-1]
+        *parts, final, is_terminal = _read_episode(dataset_id, index, episode, config, action_columns.size)
+        pairs = zip(flat, parts, strict=True)
+        flat = [_put(whole, part, offsets[-1], expected_rows) for whole, part in pairs]
+        offsets.append(offsets[-1] + len(parts[0]))
         final_observations.append(final)
-        terminated.append(is_terminated)
+        terminated.append(is_terminal)
+    lengths = np.diff(offsets).tolist()
     if max(lengths, default=0) < 2:
         raise ValueError(f"Dataset {dataset_id} has no episode of at least 2 steps, so it holds no training window.")
-    observations, actions, rewards = (whole[:start] for whole in columns)
-    del columns
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    observations, actions, rewards = (whole[: offsets[-1]] for whole in flat)
     final_known = np.array([final is not None for final in final_observations])
     if not final_known.all():
         logging.getLogger(__name__).warning(
@@ -104,9 +105,8 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
             dataset_id,
             chosen[np.argmin(final_known)],
         )
-        last = observations[offsets[1:] - 1]
-        pairs = zip(final_observations, last, strict=True)
-        final_observations = [before if final is None else final for final, before in pairs]
+        pairs = zip(final_observations, offsets[1:], strict=True)
+        final_observations = [observations[end - 1] if final is None else final for final, end in pairs]
     env_id, time_limit = minari_files.environment_limits(storage)
     trajectories = Trajectories(
         observations=observations,
@@ -114,7 +114,7 @@ def load(dataset_id: str, *, config: DataConfig, download: bool = False) -> Traj
         final_known=final_known,
         actions=actions,
         rewards=rewards,
-        offsets=offsets,
+        offsets=np.array(offsets),
         terminated=np.array(terminated),
         dataset_id=dataset_id,
         env_id=env_id,
@@ -168,7 +168,14 @@ def returns(trajectories: Trajectories) -> np.ndarray:
 
 
 def segment(trajectories: Trajectories, *, discount: float, termination_penalty: float | None = None) -> np.ndarray:
-    """Join observation, action, reward and value of each step into [n, D] float64.
+    """Join observation, action, reward and value of each step, the `columns`, into [n, D] float64."""
+    return np.stack(columns(trajectories, discount=discount, termination_penalty=termination_penalty), axis=1)
+
+
+def columns(
+    trajectories: Trajectories, *, discount: float, termination_penalty: float | None = None
+) -> list[np.ndarray]:
+    """Return the D columns [n] of observation, action, reward and value of each step; those that are stored as views.
 
     The value is the discounted return after this step, V_t = r_{t+1} + discount r_{t+2} + ..., hence 0 at the last
     step of every episode, truncated ones included: nothing is bootstrapped. The penalty takes the place of the reward
@@ -181,8 +188,7 @@ def segment(trajectories: Trajectories, *, discount: float, termination_penalty:
     is_last = np.zeros(len(rewards), bool)
     is_last[last_rows] = True
     values = _returns_after(rewards, is_last, discount=discount)
-    columns = trajectories.observations, trajectories.actions, rewards[:, None], values[:, None]
-    return np.concatenate(columns, axis=1, dtype=np.float64)
+    return [*trajectories.observations.T, *trajectories.actions.T, rewards, values]
 
 
 def transitions(trajectories: Trajectories) -> types.Transitions:
@@ -205,17 +211,18 @@ def transitions(trajectories: Trajectories) -> types.Transitions:
             high.tolist(),
         )
     last_rows = trajectories.offsets[1:] - 1
-    next_observations = np.empty_like(trajectories.observations)
-    next_observations[:-1] = trajectories.observations[1:]
+    observations = trajectories.observations.astype(np.float32)
+    next_observations = np.empty_like(observations)
+    next_observations[:-1] = observations[1:]
     next_observations[last_rows] = trajectories.final_observations
     not_terminal = np.ones(len(next_observations), np.float32)
     not_terminal[last_rows[trajectories.terminated]] = 0
     steps = types.Transitions(
-        observations=trajectories.observations.astype(np.float32),
+        observations=observations,
         actions=clip_actions(actions, low=low, high=high),
         rewards=trajectories.rewards.astype(np.float32),
         not_terminal=not_terminal,
-        next_observations=next_observations.astype(np.float32),
+        next_observations=next_observations,
     )
     if trajectories.final_known is None or (trajectories.final_known | trajectories.terminated).all():
         return steps
@@ -360,7 +367,7 @@ def _chosen_episodes(total, config):
 
 
 def _read_episode(dataset_id, index, episode, config, action_dim):
-    """Return observations, actions and rewards, the last observation, None if it is not recorded, and the end."""
+    """Return observations, actions, rewards, the last observation (None if it was not recorded), and the terminal."""
     observations = flatten_observations(episode["observations"], config=config)
     length = len(episode["rewards"])
     counts = {name: len(episode[name]) for name in ("actions", "terminations")} | {"observations": len(observations)}
@@ -378,22 +385,21 @@ def _read_episode(dataset_id, index, episode, config, action_dim):
         )
     # Minari stores one observation more than steps; the copy lets go of the others.
     after = observations[length].copy() if len(observations) > length else None
-    return observations[:length], actions, episode["rewards"], after, bool(episode["terminations"][-1])
+    return observations[:length], actions, np.asarray(episode["rewards"]), after, bool(episode["terminations"][-1])
 
 
-def _put(whole, part, *, start, most):
-    """Write the rows `part` from row `start` on into `whole`, made with `most` rows if it is None; return it.
+def _put(whole, part, begin, expected_rows):
+    """Write `part` into the rows of `whole` from `begin` on, and return it.
 
-    So that no more than one episode lies in memory twice. Room that is never written to takes none.
+    Rows that are not written yet take no memory. A `whole` that is None, too short or of a narrower type is made anew.
     """
-    part = np.asarray(part)
-    if whole is None:
-        whole = np.empty([most, *part.shape[1:]], part.dtype)
-    if len(whole) < start + len(part):  # the dataset does not say how long it is
-        whole = np.concatenate([whole[:start], np.empty([start + len(part), *part.shape[1:]], whole.dtype)])
-    if (dtype := np.result_type(whole, part)) != whole.dtype:
-        whole = whole.astype(dtype)
-    whole[start : start + len(part)] = part
+    end, dtype = begin + len(part), part.dtype if whole is None else np.result_type(whole, part)
+    if whole is None or end > len(whole) or dtype != whole.dtype:
+        larger = np.empty([max(expected_rows, end, 2 * begin), *part.shape[1:]], dtype)
+        if whole is not None:
+            larger[:begin] = whole[:begin]
+        whole = larger
+    whole[begin:end] = part
     return whole
 
 
@@ -419,9 +425,11 @@ def _check_lengths(trajectories):
 def _check_finite(trajectories):
     for name in ("observation", "action", "reward"):
         values = getattr(trajectories, f"{name}s").reshape(len(trajectories.rewards), -1)
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            row, column = bad[0]
+        for begin in range(0, len(values), _ROWS_AT_A_TIME):
+            bad = np.argwhere(~np.isfinite(values[begin : begin + _ROWS_AT_A_TIME]))
+            if not len(bad):
+                continue
+            row, column = begin + bad[0][0], bad[0][1]
             episode = int(np.searchsorted(trajectories.offsets, row, side="right")) - 1
             place = name if name == "reward" else f"{name}[{column}]"
             raise ValueError(
@@ -449,9 +457,12 @@ def _check_discrete(trajectories):
 
 def _returns_after(rewards, is_last, *, discount):
     # One pass over Python floats takes 0.1 s per million steps, also when they are a single episode.
-    values, value, next_reward = [], 0.0, 0.0
-    for reward, last in zip(reversed(rewards.tolist()), reversed(is_last.tolist()), strict=True):
-        value = 0.0 if last else next_reward + discount * value
-        next_reward = reward
-        values.append(value)
-    return np.array(values[::-1])
+    values, value, next_reward = np.empty(len(rewards)), 0.0, 0.0
+    for end in range(len(rewards), 0, -_ROWS_AT_A_TIME):
+        rows, part = slice(max(end - _ROWS_AT_A_TIME, 0), end), []
+        for reward, last in zip(reversed(rewards[rows].tolist()), reversed(is_last[rows].tolist()), strict=True):
+            value = 0.0 if last else next_reward + discount * value
+            next_reward = reward
+            part.append(value)
+        values[rows] = part[::-1]
+    return values

@@ -2,19 +2,23 @@
 
 import collections
 import dataclasses
+import pickle
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.experimental import multihost_utils
 
 from experiments.common import entry, memory, planners
 from tt_jax import (
     action_planner,
     checkpoints,
+    data_parallel,
     environments,
     iql,
     rollouts,
@@ -145,11 +149,16 @@ def plan_policy(
     `on_plan` sees what each call of the planner returns, with `keep_beams` the tokens of all final beams, too. Where
     compiling takes longer than idle rows, other than on a CPU, every batch is a full one.
     """
-    model = checkpoint.config
+    model, whole = checkpoint.config, data_parallel.WHOLE
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
     settings = {"config": model, "plan_config": plan_config, "search_config": search_config, "keep_beams": keep_beams}
     plan_fn = memory.guarded(
-        jax.jit(planners.make_plan_fn(planner, guided=learners is not None, **settings)),
+        data_parallel.over_local_rows(
+            planners.make_plan_fn(planner, guided=learners is not None, **settings),
+            first_specs=sequence_planner.PlannerParams(
+                transformer=whole, discretizer=whole, extra=whole, goal=data_parallel.ROWS
+            ),
+        ),
         f"a plan with beam_width={plan_config.beam_width}, num_expand={plan_config.num_expand}, horizon="
         f"{plan_config.horizon} and window={plan_config.window} of {model.spec.transition_dim} tokens in "
         f"{max_batch} environments",
@@ -166,7 +175,7 @@ def plan_policy(
     )
     return rollouts.plan_policy(
         noted_plan_fn,
-        jax.device_put(params),
+        jax.device_put(params, data_parallel.on_local_devices()),
         jax.random.key(seed),
         discretizer=checkpoint.tokenizer,
         spec=model.spec,
@@ -243,6 +252,18 @@ def play(
         hooks = {"on_finish": on_finish, "stop_fn": stop_fn}
         episodes = rollouts.run(envs, counted_policy, seeds=seeds, config=config, **hooks)
     return episodes, counts
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the value of every process, in their order; all processes must ask."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def summarize(episodes: Sequence[rollouts.Episode], reference: tuple[float, float] | None = None) -> dict:

@@ -78,16 +78,11 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
     spec = types.TransitionSpec(
         observation_dim=loaded.observations.shape[1], action_dim=loaded.actions.shape[1], num_bins=config.data.num_bins
     )
-    values = trajectories.segment(loaded, discount=settings.discount, termination_penalty=settings.termination_penalty)
-    # Views of `values`, so that the arrays that were read do not stay in memory.
-    loaded = dataclasses.replace(
-        loaded,
-        observations=values[:, : spec.observation_dim],
-        actions=values[:, spec.observation_dim : spec.observation_dim + spec.action_dim],
-    )
-    tokenizer = _fit(loaded, values, config.data)
-    tokens = tokenization.encode(tokenizer, values)
-    if merged := tokenization.merged_columns(tokens, values):
+    rewards = {"discount": settings.discount, "termination_penalty": settings.termination_penalty}
+    columns = trajectories.columns(loaded, **rewards)
+    tokenizer = _fit(loaded, columns, config.data)
+    tokens, merged = _encode(tokenizer, columns)
+    if merged:
         logging.warning(
             "columns %s (of observation, action, reward, value) vary, but all their values share one bin; "
             "data.distinct_values=True keeps columns of few values apart.",
@@ -97,7 +92,7 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
     logging.info(
         "%s: %d transitions in %d episodes, %d tokens each, %d episodes held out",
         config.dataset,
-        len(values),
+        len(tokens),
         len(loaded.terminated),
         spec.transition_dim,
         len(held_out_episodes),
@@ -113,7 +108,20 @@ def prepare(config: ml_collections.ConfigDict, *, download: bool = False) -> Dat
     )
 
 
-def _fit(loaded, values, settings) -> tokenization.Discretizer:
+def _encode(tokenizer, columns):
+    """Return the tokens [n, D] and the columns that vary while their tokens do not; one by one, to save memory."""
+    num_bins = tokenizer.centers.shape[1]
+    tokens = np.empty([len(columns[0]), len(columns)], np.min_scalar_type(num_bins))
+    merged = []
+    for dim, column in enumerate(columns):
+        values = np.asarray(column, np.float64)[:, None]
+        own = tokenization.encode(tokenizer, values, dims=slice(dim, dim + 1))
+        merged += [dim] if tokenization.merged_columns(own, values) else []
+        tokens[:, dim] = own[:, 0]
+    return tokens, merged
+
+
+def _fit(loaded, data_columns, settings) -> tokenization.Discretizer:
     """Fit the tokenizer; a discrete dimension gets one bin for each value of its space."""
     columns = spaces.join([loaded.observation_columns, loaded.action_columns])
     known = {int(column): columns.values(column) for column in np.flatnonzero(columns.is_discrete)}
@@ -123,8 +131,8 @@ def _fit(loaded, values, settings) -> tokenization.Discretizer:
             f"a discrete dimension has {largest} values, more than data.num_bins={settings.num_bins}; set "
             f"--config.data.num_bins={largest}."
         )
-    return tokenization.fit(
-        values,
+    return tokenization.fit_columns(
+        data_columns,
         num_bins=settings.num_bins,
         method=settings.method,
         distinct_values=settings.distinct_values,

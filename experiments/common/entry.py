@@ -210,6 +210,12 @@ def is_main_process() -> bool:
     return jax.process_index() == 0
 
 
+def check_alone() -> None:
+    """Raise UsageError with several processes, for commands that run in one."""
+    if jax.process_count() > 1:
+        raise UsageError(f"this command runs in one process, got {jax.process_count()}; it uses all devices of it.")
+
+
 def commit_id() -> str:
     """Return the commit of the source, with "-dirty" if it was changed since, or "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, memory, time_budget, training_loop
-from tt_jax import data_parallel, environments, iql, iql_training, rollouts, trajectories
+from tt_jax import data_parallel, environments, iql, iql_training, rollouts, shards, trajectories
 
 
 def train(config, workdir, *, preemption, download=False, minutes=None):
@@ -35,12 +35,14 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         transitions = trajectories.transitions(loaded)
     logging.info("%s: %d transitions in %d episodes", config.dataset, len(transitions.rewards), len(loaded.terminated))
     run = datasets.describe_run(config, data_config, max_path_length=loaded.max_path_length)
-    learners_fn = functools.partial(_learners, config, loaded, transitions)
+    stores, sizes = shards.split_transitions(transitions, config.data.num_shards)
+    learners_fn = functools.partial(_learners, config, loaded, transitions, max(sizes))
 
     def fit():
         _, fresh, train_fn = learners_fn(train_config)
+        store = training_loop.shard(stores, sizes, 0)
         size = {"seed": config.seed, "max_steps": train_config.steps_per_call}
-        per_step, _ = time_budget.measure(train_fn, fresh, transitions, **size)
+        per_step, _ = time_budget.measure(train_fn, fresh, store, **size)
         left = started + 60 * minutes - time.monotonic()
         seconds, per_step = time_budget.agree(np.array([left, per_step]))
         return time_budget.cut(train_config, seconds=seconds, per_step=per_step)
@@ -58,7 +60,8 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         free_fields=("actor_cosine_steps",),
         params_fn=lambda params: params if train_config.num_seeds > 1 else jax.tree.map(lambda leaf: leaf[0], params),
         train_fn=train_fn,
-        store=transitions,
+        stores=stores,
+        sizes=sizes,
         seed=config.seed,
         evaluate=_make_evaluate(run, data_config, iql_config, preemption) if config.eval.num_episodes else None,
         describe=lambda metrics, rate: (
@@ -72,7 +75,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     )
 
 
-def _learners(config, loaded, transitions, train_config):
+def _learners(config, loaded, transitions, num_rows, train_config):
     """Return the static settings of the learners, their states before the first update, and what trains them."""
     settings = dict(config.iql)
     has_cosine = settings.pop("actor_cosine")
@@ -86,7 +89,7 @@ def _learners(config, loaded, transitions, train_config):
     units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
     configs = {"config": train_config, "iql_config": iql_config}
     fresh = iql_training.init(config.seed, units=units, **configs)
-    return iql_config, fresh, iql_training.make_train_fn(num_transitions=len(transitions.rewards), **configs)
+    return iql_config, fresh, iql_training.make_train_fn(num_transitions=num_rows, **configs)
 
 
 def _make_evaluate(run, data_config, iql_config, preemption):

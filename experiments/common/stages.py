@@ -37,6 +37,7 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
     preemption = entry.Preemption()
     settings.checked(config)
+    entry.check_alone()
     entry.hold(workdir)
     config.seed, config.dataset = seed, dataset or config.dataset
     entry.make_folder(workdir, flag="workdir")

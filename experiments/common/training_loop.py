@@ -13,9 +13,9 @@ import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments.common import entry, memory
+from experiments.common import agreement, entry, memory
 from experiments.common.metrics import MetricsWriter
-from tt_jax import checkpoints, data_parallel, iql_training, training
+from tt_jax import checkpoints, data_parallel, iql_training, shards, training
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 
@@ -29,7 +29,8 @@ def run(
     free_fields: Sequence[str] = (),
     params_fn: Callable[[Any], Any] = lambda params: params,
     train_fn: Callable[[Any, Any, Any, Any], tuple[Any, dict]],
-    store: Any,
+    stores: Sequence[Any],
+    sizes: Sequence[int],
     seed: int,
     evaluate: Callable[[Any], dict[str, float]] | None,
     describe: Callable[[dict[str, np.ndarray], float], str],
@@ -45,22 +46,34 @@ def run(
     `params_fn` makes its parameters of those in the state, which may have further axes of size 1.
 
     `train_fn(state, store, seed, num_steps)`, all replicated over the devices, does so many steps and returns the state
-    and metrics [num_steps, ...]; `evaluate(state)` returns further metrics every `config.eval_every` steps, after the
+    and metrics [num_steps, ...]. Of several `stores`, with the `sizes` that they draw from, one is on the devices at a
+    time, as a `shards.Shard`. `evaluate(state)` returns further metrics every `config.eval_every` steps, after the
     step's checkpoint, and may raise entry.Interrupted when told to stop;
     `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
     second, such as {"tokens": 4096}. `step_sizes` tells what a step takes and `memory_settings` what makes it smaller,
     for the ValueError of a step that does not fit a device, by an estimate before the first one or when it fails.
     """
-    state = _resume(workdir, fresh, model, free_fields)
+    state, damaged = _resume(workdir, fresh, model, free_fields)
     step = first_step = int(np.ravel(state.step)[0])
+    parts = {
+        "data": stores,
+        "tokenizer": model["tokenizer"],
+        "configuration": repr((config, model)),
+        "checkpoint": step,
+    }
+    agreement.check(parts)
+    for bad_step, error in damaged.items() if entry.is_main_process() else ():
+        logging.warning("%s Set aside as %s.", error, checkpoints.set_aside(workdir, bad_step))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     if step >= config.num_steps:
         logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
         return
-    state, store, seed = place(state), place(store), data_parallel.replicate(np.uint32(seed))
+    state, device_seed = place(state), data_parallel.replicate(np.uint32(seed))
+    store, turn_ends = _take_turn(step, stores, sizes, config=config, seed=seed)
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(fresh.params))
     explained = functools.partial(memory.explained, f"a step of {step_sizes}", memory_settings)
     with explained():
-        needed = memory.check(train_fn, state, store, seed, data_parallel.replicate(np.int32(1)))
+        needed = memory.check(train_fn, state, store, device_seed, data_parallel.replicate(np.int32(1)))
     size = f"{needed / 2**30:.2g} GiB of memory"
     logging.info("%s parameters; a step takes %s and %s", f"{num_parameters:,}", step_sizes, size)
     metrics = MetricsWriter(workdir, resume_step=step)
@@ -76,9 +89,12 @@ def run(
     ):
         call_steps, log_time, log_step, num_calls = 1, time.time(), step, 0
         while step < config.num_steps:
-            call_steps = _steps_until_event(step, call_steps, config)
+            if step >= turn_ends:
+                store = None  # makes room
+                store, turn_ends = _take_turn(step, stores, sizes, config=config, seed=seed)
+            call_steps = min(_steps_until_event(step, call_steps, config), turn_ends - step)
             started = time.time()
-            state, call_metrics = train_fn(state, store, seed, data_parallel.replicate(np.int32(call_steps)))
+            state, call_metrics = train_fn(state, store, device_seed, data_parallel.replicate(np.int32(call_steps)))
             host_metrics = data_parallel.unreplicate(call_metrics)
             call_metrics = {name: values[:call_steps] for name, values in host_metrics.items()}
             writer.check()
@@ -125,22 +141,40 @@ def _save(writer, step, state, model, params_fn):
 
 
 def place(tree: Any) -> Any:
-    """Copy arrays to each device; what does not fit is a ValueError that says how much it is."""
+    """Copy arrays to each device; what does not fit is a ValueError that says how much it is and how to split it."""
     try:
-        return data_parallel.replicate(tree)
+        return jax.block_until_ready(data_parallel.replicate(tree))
     except jax.errors.JaxRuntimeError as error:
         size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree)) / 2**20
-        raise ValueError(f"{size:.0f} MiB of data do not fit the memory of a device: {error}") from error
+        memory = jax.local_devices()[0].memory_stats() or {}
+        free = (memory.get("bytes_limit", 0) - memory.get("bytes_in_use", 0)) / 2**20
+        room = f"the {free:.0f} MiB that are free on a device" if free > 0 else "the memory of a device"
+        raise ValueError(
+            f"{size:.0f} MiB of data do not fit {room}; let parts of them take turns with --config.data.num_shards=N "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from error
+
+
+def shard(stores: Sequence[Any], sizes: Sequence[int], index: int, *, first_step: int = 0) -> Any:
+    """Return one of several parts of the data as a `shards.Shard`; data in one part is that part."""
+    if len(stores) == 1:
+        return stores[0]
+    return shards.Shard(data=stores[index], size=np.int32(sizes[index]), first_step=np.int32(first_step))
+
+
+def _take_turn(step, stores, sizes, *, config, seed):
+    """Return the data of a step on the devices, and the step up to which they serve."""
+    if len(stores) == 1:
+        return place(stores[0]), config.num_steps
+    index, first_step, ends = shards.turn(step, sizes=sizes, batch_size=config.batch_size, seed=seed)
+    return place(shard(stores, sizes, index, first_step=first_step)), ends
 
 
 def _resume(workdir, fresh, model, free_fields):
+    """Return the state to go on from, and what is wrong with later checkpoints, by step."""
     if checkpoints.latest_step(workdir) is None:
-        return fresh
+        return fresh, {}
     checkpoint, damaged = checkpoints.restore_newest(workdir, state_template=_without_params(fresh))
-    multihost_utils.assert_equal(np.int32(checkpoint.step), f"the processes read different checkpoints in {workdir}")
-    for step, error in damaged.items() if entry.is_main_process() else ():
-        logging.warning("%s Set aside as %s.", error, checkpoints.set_aside(workdir, step))
-    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     config, found = model["config"], checkpoint.config
     if dataclasses.replace(config, **{name: getattr(found, name) for name in free_fields}) != found:
         # also by a setting that the run's config.json is too old to know
@@ -149,7 +183,7 @@ def _resume(workdir, fresh, model, free_fields):
         raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
     params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
     logging.info("resuming %s at step %d", workdir, checkpoint.step)
-    return dataclasses.replace(fresh, params=params, **checkpoint.state)
+    return dataclasses.replace(fresh, params=params, **checkpoint.state), damaged
 
 
 def _without_params(state):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from experiments.common import datasets, entry, memory, time_budget, training_loop
-from tt_jax import data_parallel, training, trajectories, transformer
+from tt_jax import data_parallel, shards, training, trajectories, transformer
 
 
 def train(config, workdir, *, preemption, download=False, minutes=None):
@@ -22,15 +22,16 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
         data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
-    num_windows = trajectories.num_windows(data.train.offsets)
+    stores = shards.split_store(data.train, config.data.num_shards)
+    sizes = [trajectories.num_windows(store.offsets) for store in stores]
     train_config = training.with_token_schedule(
-        train_config, num_windows=num_windows, block_size=model_config.block_size
+        train_config, num_windows=sum(sizes), block_size=model_config.block_size
     )
     windows_fn = functools.partial(
         trajectories.windows, spec=data.spec, config=data.config, max_transitions=model_config.max_transitions
     )
     functions = {"config": train_config, "model_config": model_config, "windows_fn": windows_fn}
-    train_fn = training.make_train_fn(num_windows=num_windows, **functions)
+    train_fn = training.make_train_fn(num_windows=max(sizes), **functions)
     evaluate = None
     if data.held_out:
         eval_fn = training.make_eval_fn(num_windows=trajectories.num_windows(data.held_out.offsets), **functions)
@@ -49,7 +50,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         fresh = init(jax.random.key(config.seed))
     if minutes or time_budget.is_recorded(workdir):
         ends = started + 60 * (minutes or 0)
-        measured = (train_config, train_fn, fresh, data.train, evaluate)
+        measured = (train_config, train_fn, fresh, training_loop.shard(stores, sizes, 0), evaluate)
         fit = functools.partial(_fit, *measured, seed=config.seed, ends=ends)
         numbers = time_budget.recorded(workdir, minutes, fit)
         train_config = dataclasses.replace(train_config, **numbers)
@@ -67,7 +68,8 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
             "run": run,
         },
         train_fn=train_fn,
-        store=data.train,
+        stores=stores,
+        sizes=sizes,
         seed=config.seed,
         evaluate=evaluate,
         describe=lambda metrics, rate: (

@@ -33,6 +33,7 @@ def get_config():
     config.data.eval_fraction = 0.02  # share of the episodes that is held out
     config.data.num_bins = 100  # per dimension
     config.data.method = "quantile"  # bins of equal counts; the paper's other variant is "uniform"
+    config.data.num_shards = 1  # parts of the data that take turns on the devices, each of which holds one
     config.data.distinct_values = False  # True: one bin per value in columns of few values
 
     config.model = _fields_of(transformer.TransformerConfig)
