@@ -68,8 +68,6 @@ def describe(loaded: trajectories.Trajectories, settings: trajectories.DataConfi
         suggestions["data.stop_after_truncation=False"] = "no episode really ends, so a plan should not"
     if (most := max(map(len, known), default=0)) > num_bins:
         suggestions[f"data.num_bins={most}"] = "a discrete dimension has that many values"
-    if values.shape[1] > 100:
-        suggestions["train.microbatch_size=1"] = f"{values.shape[1]} tokens per transition need much memory"
     if returns.max() == returns.min():
         suggestions["iql.reward_units=raw"] = "all returns are equal, so their range has no scale"
     return {

@@ -1,5 +1,6 @@
 """What does not fit the memory is one line: by an estimate before it runs, or when it fails."""
 
+import dataclasses
 import resource
 
 import jax
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from entry_points import MAZE
 
-from experiments.common import memory
-from tt_jax import checkpoints
+from experiments.common import memory, training_loop, transformer_run
+from tt_jax import checkpoints, training
 
 pytest_plugins = ["entry_fixtures"]
 
@@ -39,6 +40,21 @@ def test_the_call_after_a_check_compiles_nothing(caplog):
         caplog.clear()
         np.testing.assert_array_equal(fn(x), 2 * x)
         assert "XLA compilation" not in caplog.text
+
+
+def test_training_takes_the_most_windows_that_fit():
+    """4 TiB for 64 windows; a device has some GiB, so that the share is small and another function is found."""
+    config, seen = training.TrainConfig(batch_size=4 * 64, microbatch_size=-1), []  # 64 windows for each of 4 devices
+
+    def shrink(share):
+        seen.append(share)
+        return jax.jit(lambda x: x + 1)
+
+    fn, needed = training_loop._fitting(tebibytes, (np.float32(1),), shrink)
+    assert fn(1) == 2 and needed < 100 and len(seen) == 1 and 0 < seen[0] < 0.5
+    for share, windows in ((0.5, 16), (0.6, 32), (0.04, 2), (0.001, 1)):  # a tenth is left for what does not shrink
+        assert transformer_run._smaller_microbatch(config, share) == windows
+    assert transformer_run._smaller_microbatch(dataclasses.replace(config, microbatch_size=1), 0.1) == 0
 
 
 def test_other_failures_pass():

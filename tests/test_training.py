@@ -314,8 +314,8 @@ def test_microbatches_must_divide_the_batch_of_a_device(config):
     for make_fn in (training.make_train_fn, training.make_eval_fn):
         with pytest.raises(ValueError, match="train.microbatch_size=3 must divide the 2 windows of a device's batch"):
             make_fn(**settings)
-    with pytest.raises(ValueError, match="train.microbatch_size=-1 must not be negative"):
-        dataclasses.replace(config, microbatch_size=-1)
+    with pytest.raises(ValueError, match="train.microbatch_size=-2 must not be negative"):
+        dataclasses.replace(config, microbatch_size=-2)
 
 
 def test_input_noise_moves_observation_and_action_tokens_alone():

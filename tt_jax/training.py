@@ -51,8 +51,11 @@ class TrainConfig:
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1.")
-        if self.microbatch_size < 0:
-            raise ValueError(f"train.microbatch_size={self.microbatch_size} must not be negative; 0 takes all at once.")
+        if self.microbatch_size < -1:
+            raise ValueError(
+                f"train.microbatch_size={self.microbatch_size} must not be negative, but for -1: as many windows "
+                "as fit, or all, like 0, where nobody finds out."
+            )
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f'train.optimizer must be "adamw" or "muon", got "{self.optimizer}".')
         if self.learning_rate <= 0 or self.grad_clip <= 0:
@@ -70,6 +73,10 @@ class TrainConfig:
                 f"train.input_noise={self.input_noise} and train.input_noise_steps={self.input_noise_steps} must both "
                 "be positive, or both 0 for no noise."
             )
+
+    def windows_at_once(self, local_size: int) -> int:
+        """Return how many of the `local_size` windows of a device are computed at a time."""
+        return self.microbatch_size if self.microbatch_size > 0 else local_size
 
 
 @chex.dataclass(frozen=True)
@@ -205,7 +212,7 @@ def update(
         )
         return total / num_positions, sums_and_counts
 
-    if config.microbatch_size:
+    if config.microbatch_size > 0:
         first = jax.lax.axis_index(axis_name) if axis_name else 0
         found = _accumulate(grad_fn, state.params, batch, dropout_key, size=config.microbatch_size, zero=0 * first)
     else:
@@ -319,7 +326,7 @@ def make_train_fn(
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
-    _check_microbatches(config.microbatch_size or local_size, local_size)
+    _check_microbatches(config.windows_at_once(local_size), local_size)
 
     def train(state, store, seed, num_steps, schedule=None):
         lengths = config if schedule is None else schedule
@@ -369,7 +376,7 @@ def make_eval_fn(
     They are rounded up to whole batches.
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
-    size = config.microbatch_size or local_size
+    size = config.windows_at_once(local_size)
     _check_microbatches(size, local_size)
     num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)

@@ -9,12 +9,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 _GIB = 2**30
 
 
 class TooLarge(Exception):
-    """A program that wants more memory than there is."""
+    """A program that wants more memory than there is; `share` is how much of it there is."""
+
+    def __init__(self, needed: int, free: int):
+        super().__init__(f"it needs {needed / _GIB:.3g} GiB, {free / _GIB:.3g} GiB are free on a device")
+        self.share = free / needed
 
 
 @contextlib.contextmanager
@@ -33,7 +39,7 @@ def check(fn: Callable[..., Any], *arguments: Any) -> int:
     """Compile `fn`, of `jax.jit` or `data_parallel.over_devices`, and return the bytes it needs beside `arguments`.
 
     Raises TooLarge if that is more than is free on a device. A call with arguments of the same shapes compiles nothing
-    again. On a backend that does not say what it needs this is 0.
+    again. On a backend that does not say what it needs this is 0. Several processes decide alike.
     """
     settings = {}
     if isinstance(fn, functools.partial):
@@ -43,8 +49,10 @@ def check(fn: Callable[..., Any], *arguments: Any) -> int:
         return 0
     needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     free = free_bytes()
+    if jax.process_count() > 1:  # in MiB, as arrays of int64 become int32
+        free = int(multihost_utils.process_allgather(np.int32(free // 2**20)).min()) * 2**20
     if needed > free:
-        raise TooLarge(f"it needs {needed / _GIB:.3g} GiB, {free / _GIB:.3g} GiB are free on a device")
+        raise TooLarge(needed, free)
     return needed
 
 

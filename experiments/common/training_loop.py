@@ -37,6 +37,7 @@ def run(
     work_per_step: dict[str, int],
     step_sizes: str,
     memory_settings: str,
+    shrink: Callable[[float], Any] = lambda share: None,
     preemption: entry.Preemption,
 ) -> None:
     """Train to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
@@ -52,6 +53,7 @@ def run(
     `describe(metrics, steps_per_second)` is what the progress bar says; `work_per_step` holds what else is measured per
     second, such as {"tokens": 4096}. `step_sizes` tells what a step takes and `memory_settings` what makes it smaller,
     for the ValueError of a step that does not fit a device, by an estimate before the first one or when it fails.
+    Before that `shrink(share)` may return another `train_fn`, which needs about that share of the memory, or None.
     """
     state, damaged = _resume(workdir, fresh, model, free_fields)
     step = first_step = int(np.ravel(state.step)[0])
@@ -73,7 +75,8 @@ def run(
     num_parameters = sum(np.size(leaf) for leaf in jax.tree.leaves(fresh.params))
     explained = functools.partial(memory.explained, f"a step of {step_sizes}", memory_settings)
     with explained():
-        needed = memory.check(train_fn, state, store, device_seed, data_parallel.replicate(np.int32(1)))
+        arguments = (state, store, device_seed, data_parallel.replicate(np.int32(1)))
+        train_fn, needed = _fitting(train_fn, arguments, shrink)
     size = f"{needed / 2**30:.2g} GiB of memory"
     logging.info("%s parameters; a step takes %s and %s", f"{num_parameters:,}", step_sizes, size)
     metrics = MetricsWriter(workdir, resume_step=step)
@@ -133,6 +136,18 @@ def run(
             wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
             call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
         metrics.close()
+
+
+def _fitting(train_fn, arguments, shrink):
+    """Return the first train_fn that fits the memory, and the bytes that it needs."""
+    while True:
+        try:
+            return train_fn, memory.check(train_fn, *arguments)
+        except memory.TooLarge as error:
+            smaller = shrink(error.share)
+            if smaller is None:
+                raise
+            train_fn = smaller
 
 
 def _save(writer, step, state, model, params_fn):

@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+from absl import logging
 
 from experiments.common import datasets, entry, memory, time_budget, training_loop
 from tt_jax import data_parallel, shards, training, trajectories, transformer
@@ -32,28 +33,41 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     )
     functions = {"config": train_config, "model_config": model_config, "windows_fn": windows_fn}
     train_fn = training.make_train_fn(num_windows=max(sizes), **functions)
+    is_timed = bool(minutes) or time_budget.is_recorded(workdir)
+
+    def shrink(share):
+        smaller = _smaller_microbatch(functions["config"], share) if config.train.microbatch_size < 0 else 0
+        if not smaller:
+            return None
+        logging.info("train.microbatch_size is %d, since more windows at a time do not fit the memory", smaller)
+        functions["config"] = dataclasses.replace(functions["config"], microbatch_size=smaller)
+        smaller_fn = training.make_train_fn(num_windows=max(sizes), **functions)
+        return _with_schedule(smaller_fn, functions["config"]) if is_timed else smaller_fn
+
     evaluate = None
     if data.held_out:
-        eval_fn = training.make_eval_fn(num_windows=trajectories.num_windows(data.held_out.offsets), **functions)
         held_out = training_loop.place(data.held_out)
+        num_held_out = trajectories.num_windows(data.held_out.offsets)
+        make_eval_fn = functools.cache(lambda: training.make_eval_fn(num_windows=num_held_out, **functions))
 
-        def evaluate(state):
-            return data_parallel.unreplicate(eval_fn(state.params, held_out))
+        def evaluate(state):  # by the microbatch that training has found by then
+            return data_parallel.unreplicate(make_eval_fn()(state.params, held_out))
 
     run = data.run
     init = jax.jit(functools.partial(training.init, config=train_config, model_config=model_config))
-    sizes = f"{model_config.num_layers} layers of width {model_config.embed_dim} for {model_config.block_size} tokens"
+    layers = f"{model_config.num_layers} layers of width {model_config.embed_dim}"
     with memory.explained(
-        f"a model of {sizes}", "lower model.embed_dim, num_layers or max_transitions, or data.num_bins"
+        f"a model of {layers} for {model_config.block_size} tokens",
+        "lower model.embed_dim, num_layers or max_transitions, or data.num_bins",
     ):
         memory.check(init, jax.random.key(config.seed))
         fresh = init(jax.random.key(config.seed))
-    if minutes or time_budget.is_recorded(workdir):
+    if is_timed:
         ends = started + 60 * (minutes or 0)
         measured = (train_config, train_fn, fresh, training_loop.shard(stores, sizes, 0), evaluate)
         fit = functools.partial(_fit, *measured, seed=config.seed, ends=ends)
         numbers = time_budget.recorded(workdir, minutes, fit)
-        train_config = dataclasses.replace(train_config, **numbers)
+        train_config = functions["config"] = dataclasses.replace(train_config, **numbers)
         train_fn = _with_schedule(train_fn, train_config)
         run = run | {"train": run["train"] | numbers}
     tokens_per_step = train_config.batch_size * model_config.block_size
@@ -68,6 +82,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
             "run": run,
         },
         train_fn=train_fn,
+        shrink=shrink,
         stores=stores,
         sizes=sizes,
         seed=config.seed,
@@ -83,12 +98,20 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     )
 
 
+def _smaller_microbatch(train_config, share):
+    """Return the most windows at a time that need at most the `share` of today's memory, at least 1; 0: none less."""
+    windows = train_config.batch_size // jax.device_count()
+    now = train_config.windows_at_once(windows)
+    smaller = [size for size in range(1, now) if windows % size == 0]
+    return max((size for size in smaller if size <= 0.9 * share * now), default=min(smaller, default=0))
+
+
 def _memory_settings(train_config, model_config):
     """Say which settings make a step smaller; those before the last change nothing but memory."""
-    at_once = train_config.microbatch_size or f"0, all {train_config.batch_size // jax.device_count()} of a device"
+    at_once = train_config.windows_at_once(train_config.batch_size // jax.device_count())
     return (
-        f"try --config.model.remat=True (now {model_config.remat}), a smaller train.microbatch_size (now {at_once}) or "
-        f"train.batch_size ({train_config.batch_size}), shorter windows by model.max_transitions "
+        f"try --config.model.remat=True (now {model_config.remat}), a smaller train.microbatch_size (now {at_once} "
+        f"windows), train.batch_size ({train_config.batch_size}), shorter windows by model.max_transitions "
         f"({model_config.max_transitions}), or fewer observed dimensions ({model_config.spec.observation_dim}) by "
         "data.observation_keys or data.observation_slice"
     )

@@ -5,8 +5,8 @@ python -m experiments.train_iql --dataset=ID --workdir=DIR2  # optional: its Q g
 python -m experiments.plan --workdir=DIR
 
 Of Dict observations all entries of numbers are taken, goals included. `--config=experiments/configs/dataset.py:small`
-reads 100 episodes and takes minutes and less than 1 GB of memory on a laptop; for hundreds of dimensions add
-`--config.train.microbatch_size=1`. A start for one's own data, without a score to compare.
+reads 100 episodes and takes minutes and less than 1 GB of memory on a laptop. A start for one's own data, without a
+score to compare.
 """
 
 from experiments.configs import base
@@ -25,6 +25,7 @@ def get_config(size="medium"):
 
     config.train.num_steps = 20_000
     config.train.batch_size = 64
+    config.train.microbatch_size = -1  # as many windows at a time as fit the memory
     config.train.learning_rate = 1e-3
     config.train.clamp_cosine = True
 
