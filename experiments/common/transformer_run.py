@@ -12,6 +12,7 @@ def train(config, workdir, *, preemption, download=False):
     """Train as `config` says until its last step; raises entry.Interrupted, after saving, when told to stop."""
     if not 0 <= config.seed < 2**32:
         raise entry.UsageError(f"seed={config.seed} must be in [0, 2**32).")
+    shards.check_count(config.data.num_shards)
     data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
     stores = shards.split_store(data.train, config.data.num_shards)
