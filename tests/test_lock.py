@@ -53,6 +53,19 @@ def test_the_lock_of_a_killed_process_is_taken_over(holder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lock"] and _is_ours(tmp_path)
 
 
+def test_a_file_system_without_links_will_do(holder, tmp_path, monkeypatch):
+    def link(*_):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(lock.Held, match=f"process {holder.pid} "):
+        lock.hold(tmp_path)
+    holder.kill()
+    holder.wait()
+    lock.hold(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"] and _is_ours(tmp_path)
+
+
 @pytest.mark.parametrize("changes", [{"started": "1"}, {"pid": 2**22 + 1}, {"started": None}])
 def test_a_process_id_that_is_used_again_is_not_the_holder(tmp_path, changes):
     _write(tmp_path, **changes)

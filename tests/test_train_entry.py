@@ -272,6 +272,11 @@ def test_short_and_single_episodes_train(train, tmp_path, name, held_out):
             "has no gaol; set data.observation_keys to some of",
         ),
         (["--config.data.eval_fraction=1.5"], "data.eval_fraction=1.5 must be in [0, 1)"),
+        (["--config.data.num_shards=0"], "data.num_shards=0 must be at least 1."),
+        (
+            ["--config.data.num_shards=40"],
+            "data.num_shards=40 leaves a part without a window, of 18 episodes; set fewer.",
+        ),
         (["--config.data.max_path_length=10"], "has 24 steps, more than max_path_length=10"),
         (["--config.train.beta1=1.5"], "train.beta1=1.5 must be in [0, 1)"),
         (["--config.train.weight_decay=-1"], "train.weight_decay=-1.0 must not be negative"),

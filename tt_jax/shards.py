@@ -45,7 +45,7 @@ def split_store(store: trajectories.TokenStore, num_shards: int) -> list[traject
 
     Padding adds no windows, see `trajectories.num_windows`. Raises ValueError if a part would have none.
     """
-    _check(num_shards)
+    check_count(num_shards)
     if num_shards == 1:
         return [store]
     offsets = store.offsets.astype(np.int64)
@@ -75,7 +75,7 @@ def split_store(store: trajectories.TokenStore, num_shards: int) -> list[traject
 
 def split_transitions(transitions: types.Transitions, num_shards: int) -> tuple[list[types.Transitions], list[int]]:
     """Cut transitions into parts that differ by one row at most, padded to one shape; also return their sizes."""
-    _check(num_shards)
+    check_count(num_shards)
     num_rows = len(transitions.rewards)
     if num_shards > num_rows:
         raise ValueError(f"data.num_shards={num_shards} must be at most the number of transitions, {num_rows}.")
@@ -89,7 +89,8 @@ def split_transitions(transitions: types.Transitions, num_shards: int) -> tuple[
     return [part(span) for span in spans], sizes
 
 
-def _check(num_shards):
+def check_count(num_shards: int) -> None:
+    """Raise ValueError for a number of shards that no data can have."""
     if num_shards < 1:
         raise ValueError(f"data.num_shards={num_shards} must be at least 1.")
 

@@ -29,6 +29,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         )
     if config.data.step != 1:
         raise entry.UsageError(f"data.step={config.data.step} must be 1: IQL learns from single steps.")
+    shards.check_count(config.data.num_shards)
     data_config = datasets.with_keys(config.dataset, datasets.data_config(config.data), download=download)
     with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
         loaded = trajectories.load(config.dataset, config=data_config, download=download)

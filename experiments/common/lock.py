@@ -46,7 +46,7 @@ def hold(workdir: str | pathlib.Path) -> None:
     while True:
         new.write_text(text)
         try:
-            os.link(new, path)
+            _link(new, path)
             break
         except FileExistsError:
             found = _read(path)
@@ -57,6 +57,17 @@ def hold(workdir: str | pathlib.Path) -> None:
             new.unlink(missing_ok=True)
     atexit.register(_release, path, text)
     threading.Thread(target=_beat, args=(path, text), daemon=True).start()
+
+
+def _link(new, path):
+    """Give a file a second name; raises FileExistsError if that is taken."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links, of a bucket for one: the text comes a moment after the name
+        with path.open("x") as file:
+            file.write(new.read_text())
 
 
 def _check_dead(path, text, clock, own):
@@ -89,7 +100,7 @@ def _remove(path, text, new):
         os.rename(path, aside)
         if aside.read_text() != text:
             with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
+                _link(aside, path)
         aside.unlink()
 
 

@@ -20,6 +20,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     """
     started = time.monotonic()
     train_config = entry.to_dataclass(training.TrainConfig, config.train)
+    shards.check_count(config.data.num_shards)
     with memory.explained(f"the dataset {config.dataset}", datasets.MEMORY_SETTINGS):
         data = datasets.prepare(config, download=download)
     model_config = entry.to_dataclass(transformer.TransformerConfig, config.model, spec=data.spec)
