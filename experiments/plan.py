@@ -11,7 +11,6 @@ part in it; --search.* is for mppi and cem.
 
 import dataclasses
 import functools
-import pathlib
 import time
 
 import gymnasium
@@ -86,7 +85,7 @@ def main(_):
             "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
-    out = _result_file()
+    out = control.result_file(OUT.value)
     bounds = checkpoint.tokenizer.thresholds[: model.spec.observation_dim]
     checked = environment_check.check(
         envs.envs[0], run["dataset"], low=bounds[:, 0], high=bounds[:, -1], seeds=seeds, config=data_config
@@ -144,7 +143,7 @@ def main(_):
             replan_every=plan_config.replan_every,
             score_name="log-likelihood" if planner == "likelihood" else "predicted return",
         )
-    _print_table(results)
+    control.print_summary(results, out)
     if failures:
         raise entry.Failed(
             f"the environment failed in {len(failures)} of {NUM_EPISODES.value} episodes, first "
@@ -163,27 +162,6 @@ def _open_drawing(folder, planner, horizon):
         raise ValueError(f"--draw={folder} needs the plots extra: {error}.") from error
     drawing.check(folder, horizon=horizon)
     return drawing
-
-
-def _result_file() -> pathlib.Path:
-    """Make the folder of --out; a place where no file can be written is reported before the work."""
-    out = pathlib.Path(OUT.value)
-    if out.is_dir():
-        raise ValueError(f"--out={OUT.value} must name a file, not a folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out={OUT.value} cannot be written: {error}.") from error
-    return out
-
-
-def _print_table(results):
-    print(f"{results['environment']}, step {results['checkpoint_step']}, {len(results['episodes'])} episodes")
-    for name in ("return", "normalized_score", "length", "success"):
-        mean, error = results[name]["mean"], results[name]["standard_error"]
-        if mean is not None:
-            print(f"  {name:<17}{mean:10.2f}" + (f" +- {error:.2f}" if error is not None else ""))
-    print(f"  {'plans/s':<17}{results['plans_per_second']:10.2f}\n  results in {OUT.value}")
 
 
 def _reference_scores(dataset_id) -> tuple[float, float] | None:

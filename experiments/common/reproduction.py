@@ -25,7 +25,7 @@ class Way:
 
     title: str
     plan: sequence_planner.PlanConfig | None = None  # None: the policy of IQL
-    by_likelihood: bool = False
+    planner: str = "reward"
     guided: bool = False  # by Q
 
 
@@ -37,11 +37,11 @@ def ways(plan: sequence_planner.PlanConfig, *, guided: bool) -> dict[str, Way]:
     by = "by Q" if guided else "by reward"
     found = {
         "medians": Way("one step, medians", sequence_planner.policy_config(plan, "median")),
-        "likelihood": Way(f"one step by likelihood, {few} beams", one_step, by_likelihood=True),
+        "likelihood": Way(f"one step by likelihood, {few} beams", one_step, planner="likelihood"),
         "fewer_beams": Way(f"search {by}, {few} beams, horizon {plan.horizon}", fewer, guided=guided),
         "search": Way(f"search {by}, {plan.beam_width} beams, horizon {plan.horizon}", plan, guided=guided),
     }
-    if guided:  # the mean of the better half, see docs/guidance.md
+    if guided:  # the mean of the better half, see docs/mazes.md
         best = dataclasses.replace(one_step, num_elites=math.ceil(few / 2))
         found = {
             "iql": Way("IQL's policy"),
@@ -77,7 +77,8 @@ def reproduce(
         _draw(workdir, found)
         return found
 
-    stages.report(experiment, _table(stages.results(experiment, numbers, run)), "curves.png")
+    found = stages.results(experiment, numbers, run, is_complete=lambda parts: parts["complete"])
+    stages.report(experiment, _table(found), "curves.png")
 
 
 def _check_environment(config, download):
@@ -162,7 +163,7 @@ def _play(experiment, checkpoint, learners, way, num_episodes, deadline) -> dict
         first = jax.tree.map(lambda leaf: leaf[0], learners.params)
         policy = rollouts.observation_policy(control.mean_action_fn(first))
     else:
-        settings = {"by_likelihood": way.by_likelihood, "learners": learners.params if way.guided else None}
+        settings = {"planner": way.planner, "learners": learners.params if way.guided else None}
         policy = control.plan_policy(checkpoint, way.plan, seed=seed, max_batch=num_episodes, **settings)
     if time.monotonic() < deadline:
         control.compile_policy(policy, checkpoint.config.spec.observation_dim, num_episodes)

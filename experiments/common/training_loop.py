@@ -1,4 +1,4 @@
-"""The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
+"""The training loop of transformer and learners: compiled calls between events, metrics, checkpoints, signals."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from experiments.common import agreement, entry, memory
 from experiments.common.metrics import MetricsWriter
-from tt_jax import checkpoints, data_parallel, iql_training, shards, training
+from tt_jax import checkpoints, data_parallel, learners, shards, training
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 
@@ -23,7 +23,7 @@ SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 def run(
     workdir: str,
     *,
-    config: training.TrainConfig | iql_training.IQLTrainConfig,
+    config: training.TrainConfig | learners.TrainConfig,
     fresh: Any,
     model: dict[str, Any],
     free_fields: Sequence[str] = (),

@@ -4,12 +4,12 @@ python -m experiments.train_iql --config=experiments/configs/antmaze.py:medium-d
 python -m experiments.train_tt --config=experiments/configs/antmaze.py:medium-diverse --download --workdir=runs/ant_tt
 python -m experiments.plan --workdir=runs/ant_tt --iql_workdir=runs/ant_iql --num_episodes=100
 
-or all of it with `python -m experiments.maze_table`. Selection: MAZE-DATA with umaze, umaze-diverse, medium-play,
-medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari, with the settings of the
-papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-fast" at the end is for
-minutes on a GPU (`experiments.reproduce`, docs/accelerators.md), with plans of several steps. "-cpu" scales them to
-hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q on two ant
-mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
+or all of it, beside what others would choose, with `python -m experiments.compare`. Selection: MAZE-DATA with umaze,
+umaze-diverse, medium-play, medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari,
+with the settings of the papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-fast"
+at the end is for minutes on a GPU (`experiments.reproduce`, docs/accelerators.md), with plans of several steps. "-cpu"
+scales them to hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q
+on two ant mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
 """
 
 from experiments.configs import base, maze
@@ -52,8 +52,8 @@ def _scale_down(config):
     config.model.num_layers = 3
     config.model.num_heads = 3
     config.model.embed_dim = 96
-    config.model.max_transitions = 1  # all that the plans below read; learns faster than 4, see docs/guidance.md
-    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see docs/guidance.md
+    config.model.max_transitions = 1  # all that the plans below read; learns faster than 4, see docs/mazes.md
+    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see docs/mazes.md
     config.model.attention_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.smooth_embedding = True  # this and Muon: the same loss of action tokens after 40% of the updates
@@ -69,10 +69,20 @@ def _scale_down(config):
     config.train.eval_every = config.train.checkpoint_every = 4_000
 
     config.iql_train.num_steps = 250_000
+    config.baselines.dt.num_layers = 2
+    config.baselines.dt.embed_dim = 64
+    config.baselines.dt.learning_rate = 1e-3
+    config.baselines.dt.warmup_steps = 1_000
+    config.baselines.dt.train.batch_size = 32
+    config.baselines.dt.train.num_steps = 20_000
+    config.baselines.cql.discount = config.iql.discount
+    config.baselines.cql.num_samples = 4
+    config.baselines.cql.train.batch_size = 128
+    config.baselines.cql.train.num_steps = 100_000
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step
     config.plan.beam_width = 32
     config.plan.num_expand = 1
     config.plan.num_elites = 16  # means, since the noise of the data makes ants fall
-    config.plan.context_transitions = 0  # the ant's own past adds nothing, see docs/guidance.md
+    config.plan.context_transitions = 0  # the ant's own past adds nothing, see docs/mazes.md
     config.plan.window = (1, 0)

@@ -10,6 +10,7 @@ Most parts are records of the library, where their fields have defaults and comm
     iql_train   tt_jax.iql_training.IQLTrainConfig
     ensemble    tt_jax.ensemble.EnsembleConfig, single-step models of the dynamics
     ensemble_train  tt_jax.ensemble.EnsembleTrainConfig
+    baselines   Config of each module in experiments/common/baselines.py, and train: tt_jax.learners.TrainConfig
 
 A new field of a record is a field here, too, and in every family. Defaults are those of the papers for locomotion, a
 GPU's work for hours.
@@ -20,6 +21,7 @@ import typing
 
 from ml_collections import config_dict
 
+from experiments.common.baselines import BASELINES
 from tt_jax import ensemble, iql, iql_training, sequence_planner, training, trajectories, transformer
 
 
@@ -51,8 +53,7 @@ def get_config():
     config.eval.num_episodes = 10  # of each learner; 0: none
     config.eval.goal = ()  # x, y where the goal of a maze stands in every episode; (): where the environment puts it
 
-    config.table = config_dict.ConfigDict()  # of experiments/maze_table.py
-    config.table.bc_steps = 50_000  # updates of behaviour cloning
+    config.baselines = config_dict.ConfigDict({name: _baseline(each) for name, each in BASELINES.items()})
     return config.lock()
 
 
@@ -79,6 +80,14 @@ def fast(config, *, transition_dim):
     config.train.input_noise = 5.0
     config.train.input_noise_steps = config.train.num_steps * 17 // 20
     config.train.steps_per_call = config.train.log_every = 500  # a call ends where something is logged
+
+
+def _baseline(baseline):
+    """Return the settings of a baseline and of its training."""
+    fields = _fields_of(baseline.module.Config)
+    fields.update(baseline.settings)
+    fields.train = config_dict.ConfigDict(dataclasses.asdict(baseline.module.TRAIN))
+    return fields
 
 
 def _fields_of(record, *, without=()):

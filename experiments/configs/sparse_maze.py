@@ -22,7 +22,7 @@ def get_config():
     config.train.final_tokens = 6_600_000  # all updates
 
     config.plan.horizon = 3  # Q sees the rest of the way
-    config.plan.replan_every = 1  # plans that go on for longer push against walls, see docs/guidance.md
+    config.plan.replan_every = 1  # plans that go on for longer push against walls, see docs/mazes.md
     config.plan.action_cdf = 0.0  # Q chooses better when unlikely actions are among the candidates
     config.plan.observation_top_k = 0  # sampled
     config.plan.observation_cdf = 0.3
@@ -32,6 +32,7 @@ def get_config():
     config.iql_train.num_steps = 30_000
     config.iql_train.log_every = 2_000
     config.iql_train.eval_every = config.iql_train.checkpoint_every = 5_000
-    config.table.bc_steps = 10_000
+    config.baselines.bc.hidden_dims = (128, 128)
+    config.baselines.bc.train.num_steps = 10_000
     config.eval.num_episodes = 20
     return config
