@@ -285,7 +285,7 @@ def test_short_and_single_episodes_train(train, tmp_path, name, held_out):
         (["--config.data.step=24"], "data.step=24 must be less than the 24 steps of the longest episode"),
         (["--config.model.action_weight=-1"], "action_weight=-1.0 must not be negative"),
         (["--config.plan.horizon=0"], "horizon=0 must be at least 1"),
-        (["--config.plan.window=(5,)"], "window=(5,) must consist of 2 values of type int"),
+        (["--config.plan.window=(5,)"], "must consist of 2 values of type int"),
         (["--config.iql.hidden_dims=(1.5,)"], "hidden_dims=(1.5,) must consist of any number of values of type int"),
         (["--config.iql.actor_dropout=1"], "actor_dropout=1.0 must be below 1"),
         (["--config.eval.num_episodes=-1"], "eval.num_episodes=-1 must not be negative"),

@@ -88,6 +88,8 @@ def _parse_flags(argv):
                 name, hint = re.search(r"\w+", str(error))[0], f"; {suggestion[0].lower()}?" if suggestion else "."
                 raise UsageError(f"the configuration has no field {name!r}{hint}") from error
             message = str(error).strip().splitlines() or [repr(error)]
+            if "failure to load" in message[0]:  # the file stands further down
+                message = [" ".join(message)]
             raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
         if rest[1:]:
             raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
