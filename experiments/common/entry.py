@@ -166,6 +166,7 @@ def _together(function):
 def _start():
     """Set up the log, join the other processes, turn the compilation cache on, and say where the run is."""
     _log_own_information_to_stdout()
+    sys.unraisablehook = _report_unraisable
     if _COORDINATOR.value:
         if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
             raise UsageError("--coordinator_address needs --num_processes and --process_id.")
@@ -201,6 +202,12 @@ def _log_own_information_to_stdout():
 def _is_for_the_user(record):
     """Leave out information, and what orbax logs with its traceback, since it raises it as well."""
     return record.levelname != "INFO" and not (record.levelname == "ERROR" and "orbax" in record.pathname)
+
+
+def _report_unraisable(unraisable):
+    """Leave out what orbax's reads and writes say after one of them has failed, which is raised as well."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _is_own(path):
@@ -267,7 +274,7 @@ def hold(workdir):
             problem = UsageError(str(error))
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            problem = error if is_full else UsageError(f"--workdir={workdir} cannot be written: {error}.")
+            problem = (OSError if is_full else UsageError)(f"--workdir={workdir} cannot be written: {error}.")
     if multihost_utils.broadcast_one_to_all(np.bool_(problem is not None)):
         raise problem or UsageError(f"--workdir={workdir} cannot be used, see process 0.")
 
@@ -347,9 +354,9 @@ def replace_text(path, text):
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # Running

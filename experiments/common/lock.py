@@ -44,8 +44,8 @@ def hold(workdir: str | pathlib.Path) -> None:
         return
     new = path.with_name(f"lock.{own['host']}.{own['pid']}")
     while True:
-        new.write_text(text)
         try:
+            new.write_text(text)
             _link(new, path)
             break
         except FileExistsError:

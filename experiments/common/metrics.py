@@ -93,12 +93,11 @@ def _append(path, line):
         size = os.fstat(file.fileno()).st_size
         data = line.encode()
         try:
-            if file.write(data) < len(data):  # the disk had room for a part
-                file.write(data[-1:])  # raises what is the matter
-                raise OSError(f"{path} cannot be written.")
-        except OSError:
+            while data:  # where the disk has room for a part, the next write raises what is the matter
+                data = data[file.write(data) :]
+        except OSError as error:
             file.truncate(size)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _step_of(line):
