@@ -31,7 +31,7 @@ OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
 DRAW = flags.DEFINE_string("draw", None, "Folder for pictures of all beams of some plans of the first episode.")
 PLANNER = flags.DEFINE_enum(
-    "planner", "reward", list(planners.PLANNERS), "How actions are found, see docs/planners.md."
+    "planner", "reward", list(planners.PLANNERS), "How actions are found, see docs/planning.md."
 )
 ENV, TRUST = run_flags.env(), run_flags.trust_environment()
 MAX_EPISODE_STEPS, GOAL = run_flags.max_episode_steps(), run_flags.goal()

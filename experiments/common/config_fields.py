@@ -6,8 +6,11 @@ python -m experiments.common.config_fields > docs/configuration.md
 import inspect
 import re
 
+from flax import traverse_util
+
+from experiments.common.baselines import BASELINES
 from experiments.configs import base
-from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer
+from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, trajectories, transformer
 
 PARTS = {  # what each part of a configuration is about, and the record whose fields it takes over
     "": ("The run", None),
@@ -17,12 +20,15 @@ PARTS = {  # what each part of a configuration is about, and the record whose fi
     "plan": ("Planning; `plan` has a flag `--plan.FIELD` for each", sequence_planner.PlanConfig),
     "iql": ("Implicit Q-Learning", iql.IQLConfig),
     "iql_train": ("Training of IQL", iql_training.IQLTrainConfig),
-    "eval": ("Episodes of IQL's policy while it trains", None),
-    "table": ("The table of all methods", None),
+    "eval": ("Episodes of a policy while it trains", None),
+    **{f"baselines.{name}": (each.title[0].upper() + each.title[1:], each.module.Config) for name, each in BASELINES.items()},
+    **{f"baselines.{name}.train": ("Its training", learners.TrainConfig) for name in BASELINES},
+    "ensemble": ("Single-step models that long horizons are compared with", ensemble.EnsembleConfig),
+    "ensemble_train": ("Training of these", ensemble.EnsembleTrainConfig),
 }
 HEAD = """# Fields of the configuration
 
-`--config.PART.FIELD=VALUE` sets a field of `train_tt` and `train_iql`; the values below are those of
+`--config.PART.FIELD=VALUE` sets a field of the commands that train; the values below are those of
 `experiments/configs/base.py`, from which every family starts. A field that is not here is refused. This page is made by
 `python -m experiments.common.config_fields`.
 """
@@ -31,13 +37,11 @@ _FIELD = re.compile(r"^\s*(?:config\.)?([\w.]+)(?:: [^=\n]+)? = .*?  # (.*)$", r
 
 def page() -> str:
     """Return the page as Markdown; raises KeyError if a part of the configuration is not in `PARTS`."""
-    config = base.get_config()
     tables = {part: [] for part in PARTS}
     own = dict(_FIELD.findall(inspect.getsource(base)))
-    comments = {part: dict(_FIELD.findall(inspect.getsource(record))) for part, (_, record) in PARTS.items() if record}
-    for name, value in _flatten(config):
+    for name, value in sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep=".").items()):
         part, _, field = name.rpartition(".")
-        comment = own.get(name) or comments.get(part, {}).get(field, "")
+        comment = own.get(name) or _comments(PARTS[part][1]).get(field, "")
         value = "" if value is None else value
         tables[part].append(f"| `{name}` | `{value!r}` | {comment.replace('|', chr(92) + '|')} |")
     sections = [
@@ -47,12 +51,12 @@ def page() -> str:
     return "\n".join([HEAD.rstrip("\n"), *sections]) + "\n"
 
 
-def _flatten(config, prefix=""):
-    for name, value in config.items():
-        if hasattr(value, "items"):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _comments(record):
+    """Return what stands beside each field of a dataclass, and of those that it derives from."""
+    comments = {}
+    for each in reversed(record.__mro__[:-1] if record else ()):
+        comments |= dict(_FIELD.findall(inspect.getsource(each)))
+    return comments
 
 
 if __name__ == "__main__":
