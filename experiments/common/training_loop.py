@@ -110,7 +110,10 @@ def run(
             num_calls += 1
             if num_calls == 2:  # the first is a single step
                 left = tqdm.tqdm.format_interval((config.num_steps - step) / rate)
-                logging.info("%.3g steps per second: %s to step %d, without evaluations", rate, left, config.num_steps)
+                with tqdm.tqdm.external_write_mode():  # not in the line of the bar
+                    logging.info(
+                        "%.3g steps per second: %s to step %d without evaluations", rate, left, config.num_steps
+                    )
             progress.update(call_steps)
             progress.set_postfix_str(describe(call_metrics, rate))
             is_last = step == config.num_steps
