@@ -13,13 +13,12 @@ import dataclasses
 import functools
 import time
 
-import gymnasium
 import jax
 import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, environment_check, planners, run_flags
-from tt_jax import action_planner, checkpoints, minari_files, rollouts, sequence_planner, spaces
+from tt_jax import action_planner, checkpoints, minari_files, rollouts, sequence_planner
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to play, in place of the newest.", 0)
@@ -44,13 +43,7 @@ SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
 def main(_):
-    if (REFERENCE_MIN.value is None) != (REFERENCE_MAX.value is None) or (
-        REFERENCE_MIN.value is not None and REFERENCE_MIN.value >= REFERENCE_MAX.value
-    ):
-        raise ValueError(
-            f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
-            "the first below the second."
-        )
+    _check_references()
     preemption = entry.Preemption()
     seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)[jax.process_index() :: jax.process_count()]
     if NUM_EPISODES.value < jax.process_count():
@@ -70,21 +63,7 @@ def main(_):
     make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
     num_envs = min(NUM_ENVS.value, len(seeds))
     envs = control.vectorize(lambda: rollouts.Guarded(make_env()), num_envs, spec=model.spec, config=data_config)
-    planners.check(
-        planner,
-        config=model,
-        plan_config=plan_config,
-        action_space=envs.single_action_space,
-        guided=learners is not None,
-    )
-    observation_space = envs.single_observation_space
-    has_goal = isinstance(observation_space, gymnasium.spaces.Dict) and "desired_goal" in observation_space.spaces
-    goal_dim = spaces.columns(observation_space["desired_goal"]).size if has_goal else 0
-    if model.goal_conditioned and 2 * goal_dim != model.spec.observation_dim:
-        raise ValueError(
-            "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
-            f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
-        )
+    planners.check(planner, config=model, plan_config=plan_config, envs=envs, guided=learners is not None)
     out = control.result_file(OUT.value)
     bounds = checkpoint.tokenizer.thresholds[: model.spec.observation_dim]
     checked = environment_check.check(
@@ -162,6 +141,16 @@ def _open_drawing(folder, planner, horizon):
         raise ValueError(f"--draw={folder} needs the plots extra: {error}.") from error
     drawing.check(folder, horizon=horizon)
     return drawing
+
+
+def _check_references():
+    if (REFERENCE_MIN.value is None) != (REFERENCE_MAX.value is None) or (
+        REFERENCE_MIN.value is not None and REFERENCE_MIN.value >= REFERENCE_MAX.value
+    ):
+        raise ValueError(
+            f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
+            "the first below the second."
+        )
 
 
 def _reference_scores(dataset_id) -> tuple[float, float] | None:

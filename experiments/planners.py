@@ -58,7 +58,7 @@ def main(_):
         check_fn=functools.partial(preemption.check, f"planners --study={STUDY.value}"),
     )
     envs = control.vectorize(study.make_env, 1, spec=checkpoint.config.spec, config=study.data_config)
-    cells = planner_study.cells(plan_config, _pairs(study, envs.single_action_space))
+    cells = planner_study.cells(plan_config, _pairs(study, envs))
     out, settings = pathlib.Path(OUT.value), _settings(study)
     results = json.loads(out.read_text()) if out.exists() else {"settings": settings, "studies": {}}
     if results["settings"] != settings:
@@ -81,7 +81,7 @@ def main(_):
     print(*planner_figures.table(rows), f"figure: {figure}", f"numbers: {out}", sep="\n")
 
 
-def _pairs(study, action_space):
+def _pairs(study, envs):
     """Return (planner, (horizon, candidates)) for each cell of the study."""
     plan, is_budgets = study.plan_config, STUDY.value == "budgets"
     names = []
@@ -89,7 +89,7 @@ def _pairs(study, action_space):
         if name not in planners.PLANNERS:
             raise ValueError(f"--planners={name} must be of {', '.join(planners.PLANNERS)}.")
         guided = study.learners is not None and planners.PLANNERS[name].takes_q
-        settings = {"config": study.checkpoint.config, "plan_config": plan, "action_space": action_space}
+        settings = {"config": study.checkpoint.config, "plan_config": plan, "envs": envs}
         try:
             planners.check(name, guided=guided, **settings)
         except ValueError as error:

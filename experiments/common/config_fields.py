@@ -21,7 +21,10 @@ PARTS = {  # what each part of a configuration is about, and the record whose fi
     "iql": ("Implicit Q-Learning", iql.IQLConfig),
     "iql_train": ("Training of IQL", iql_training.IQLTrainConfig),
     "eval": ("Episodes of a policy while it trains", None),
-    **{f"baselines.{name}": (each.title[0].upper() + each.title[1:], each.module.Config) for name, each in BASELINES.items()},
+    **{
+        f"baselines.{name}": (each.title[0].upper() + each.title[1:], each.module.Config)
+        for name, each in BASELINES.items()
+    },
     **{f"baselines.{name}.train": ("Its training", learners.TrainConfig) for name in BASELINES},
     "ensemble": ("Single-step models that long horizons are compared with", ensemble.EnsembleConfig),
     "ensemble_train": ("Training of these", ensemble.EnsembleTrainConfig),

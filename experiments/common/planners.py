@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import gymnasium
 
-from tt_jax import action_planner, likelihood_search, sequence_planner, transformer, types
+from tt_jax import action_planner, likelihood_search, sequence_planner, spaces, transformer, types
 
 PlanConfig = sequence_planner.PlanConfig
 
@@ -78,19 +78,27 @@ def check(
     *,
     config: transformer.TransformerConfig,
     plan_config: PlanConfig,
-    action_space: gymnasium.Space,
+    envs: gymnasium.vector.VectorEnv,
     guided: bool,
 ) -> None:
-    """Raise ValueError unless the planner is installed and suits the model, the actions, and Q that is to guide it."""
+    """Raise ValueError unless the planner is installed and suits model, environment, and Q that is to guide it."""
     planner = PLANNERS[name]
     if planner.extra and importlib.util.find_spec(planner.extra) is None:
         raise ValueError(f"--planner={name} needs {planner.extra}: pip install -e '.[{planner.extra}]'.")
     if config.goal_conditioned and name != "likelihood":
         raise ValueError("this run was trained with goals; plan with --planner=likelihood.")
+    observation_space = envs.single_observation_space
+    has_goal = isinstance(observation_space, gymnasium.spaces.Dict) and "desired_goal" in observation_space.spaces
+    goal_dim = spaces.columns(observation_space["desired_goal"]).size if has_goal else 0
+    if config.goal_conditioned and 2 * goal_dim != config.spec.observation_dim:
+        raise ValueError(
+            "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
+            f"{goal_dim} dimensions, the observation {config.spec.observation_dim}."
+        )
     if guided and not planner.takes_q:
         able = ", ".join(each for each in PLANNERS if PLANNERS[each].takes_q)
         raise ValueError(f"--iql_workdir cannot guide --planner={name}; it guides {able}.")
-    if isinstance(action_space, gymnasium.spaces.Box):
+    if isinstance(envs.single_action_space, gymnasium.spaces.Box):
         return
     if plan_config.num_elites > 1:
         raise ValueError(f"--plan.num_elites={plan_config.num_elites} must be 1: discrete actions have no mean.")

@@ -55,18 +55,8 @@ def run(
     for the ValueError of a step that does not fit a device, by an estimate before the first one or when it fails.
     Before that `shrink(share)` may return another `train_fn`, which needs about that share of the memory, or None.
     """
-    state, damaged = _resume(workdir, fresh, model, free_fields)
+    state = _resume(workdir, fresh, model, free_fields, stores, config)
     step = first_step = int(np.ravel(state.step)[0])
-    parts = {
-        "data": stores,
-        "tokenizer": model["tokenizer"],
-        "configuration": repr((config, model)),
-        "checkpoint": step,
-    }
-    agreement.check(parts)
-    for bad_step, error in damaged.items() if entry.is_main_process() else ():
-        logging.warning("%s Set aside as %s.", error, checkpoints.set_aside(workdir, bad_step))
-    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     if step >= config.num_steps:
         logging.info("%s is done: %d of %d steps.", workdir, step, config.num_steps)
         return
@@ -121,15 +111,11 @@ def run(
             if is_saved:  # before the evaluation, which may take long or fail
                 _save(writer, step, state, model, params_fn)
             if is_last or step % config.log_every == 0:
-                means = {f"train/{name}": np.concatenate([n[name] for n in notes]).mean() for name in notes[0]}
-                speed = (step - log_step) / (time.time() - log_time)
-                works = {"steps": 1} | work_per_step
-                times = {f"time/{name}_per_second": speed * amount for name, amount in works.items()}
-                found = {}
+                speed, found = (step - log_step) / (time.time() - log_time), {}
                 if evaluate and (is_last or step % config.eval_every == 0):
                     with contextlib.suppress(entry.Interrupted):  # what is done then follows
                         found = {f"eval/{name}": value for name, value in evaluate(state).items()}
-                metrics.write(step, means | times | found)
+                metrics.write(step, _means(notes, {"steps": 1} | work_per_step, speed) | found)
                 notes, log_time, log_step = [], time.time(), step
             if preemption.requested() and not is_last:
                 if not is_saved:
@@ -139,6 +125,12 @@ def run(
             wanted = int(np.clip(rate * SECONDS_PER_CALL, 1, config.steps_per_call))
             call_steps = int(multihost_utils.broadcast_one_to_all(np.int32(wanted)))
         metrics.close()
+
+
+def _means(notes, works, speed):
+    """Return the metrics of calls as means over their steps, and what was done per second."""
+    means = {f"train/{name}": np.concatenate([note[name] for note in notes]).mean() for name in notes[0]}
+    return means | {f"time/{name}_per_second": speed * amount for name, amount in works.items()}
 
 
 def _fitting(train_fn, arguments, shrink):
@@ -188,20 +180,26 @@ def _take_turn(step, stores, sizes, *, config, seed):
     return place(shard(stores, sizes, index, first_step=first_step)), ends
 
 
-def _resume(workdir, fresh, model, free_fields):
-    """Return the state to go on from, and what is wrong with later checkpoints, by step."""
-    if checkpoints.latest_step(workdir) is None:
-        return fresh, {}
-    checkpoint, damaged = checkpoints.restore_newest(workdir, state_template=_without_params(fresh))
-    config, found = model["config"], checkpoint.config
-    if dataclasses.replace(config, **{name: getattr(found, name) for name in free_fields}) != found:
-        # also by a setting that the run's config.json is too old to know
-        raise entry.UsageError(f"{workdir} holds {found}, this run is {config}; use another --workdir.")
-    if not all(jax.tree.leaves(jax.tree.map(np.array_equal, checkpoint.tokenizer, model["tokenizer"]))):
-        raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
-    params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
-    logging.info("resuming %s at step %d", workdir, checkpoint.step)
-    return dataclasses.replace(fresh, params=params, **checkpoint.state), damaged
+def _resume(workdir, fresh, model, free_fields, stores, config):
+    """Return the state to go on from, the same in all processes; damaged checkpoints after it are set aside."""
+    state, damaged = fresh, {}
+    if checkpoints.latest_step(workdir) is not None:
+        checkpoint, damaged = checkpoints.restore_newest(workdir, state_template=_without_params(fresh))
+        wanted, found = model["config"], checkpoint.config
+        if dataclasses.replace(wanted, **{name: getattr(found, name) for name in free_fields}) != found:
+            # also by a setting that the run's config.json is too old to know
+            raise entry.UsageError(f"{workdir} holds {found}, this run is {wanted}; use another --workdir.")
+        if not all(jax.tree.leaves(jax.tree.map(np.array_equal, checkpoint.tokenizer, model["tokenizer"]))):
+            raise entry.UsageError(f"the dataset has changed since {workdir} was made; use another --workdir.")
+        params = jax.tree.map(lambda leaf, new: np.reshape(leaf, new.shape), checkpoint.params, fresh.params)
+        logging.info("resuming %s at step %d", workdir, checkpoint.step)
+        state = dataclasses.replace(fresh, params=params, **checkpoint.state)
+    parts = {"data": stores, "tokenizer": model["tokenizer"], "configuration": repr((config, model))}
+    agreement.check(parts | {"checkpoint": int(np.ravel(state.step)[0])})
+    for bad_step, error in damaged.items() if entry.is_main_process() else ():
+        logging.warning("%s Set aside as %s.", error, checkpoints.set_aside(workdir, bad_step))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    return state
 
 
 def _without_params(state):

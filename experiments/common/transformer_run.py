@@ -55,14 +55,7 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
             return data_parallel.unreplicate(make_eval_fn()(state.params, held_out))
 
     run = data.run
-    init = jax.jit(functools.partial(training.init, config=train_config, model_config=model_config))
-    layers = f"{model_config.num_layers} layers of width {model_config.embed_dim}"
-    with memory.explained(
-        f"a model of {layers} for {model_config.block_size} tokens",
-        "lower model.embed_dim, num_layers or max_transitions, or data.num_bins",
-    ):
-        memory.check(init, jax.random.key(config.seed))
-        fresh = init(jax.random.key(config.seed))
+    fresh = _init(config.seed, train_config, model_config)
     if is_timed:
         ends = started + 60 * (minutes or 0)
         measured = (train_config, train_fn, fresh, training_loop.shard(stores, sizes, 0), evaluate)
@@ -97,6 +90,18 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
         memory_settings=_memory_settings(train_config, model_config),
         preemption=preemption,
     )
+
+
+def _init(seed, train_config, model_config):
+    """Return the state before the first step; one that does not fit the memory is a ValueError."""
+    init = jax.jit(functools.partial(training.init, config=train_config, model_config=model_config))
+    layers = f"{model_config.num_layers} layers of width {model_config.embed_dim}"
+    with memory.explained(
+        f"a model of {layers} for {model_config.block_size} tokens",
+        "lower model.embed_dim, num_layers or max_transitions, or data.num_bins",
+    ):
+        memory.check(init, jax.random.key(seed))
+        return init(jax.random.key(seed))
 
 
 def _smaller_microbatch(train_config, share):
