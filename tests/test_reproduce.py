@@ -67,6 +67,7 @@ def test_the_same_command_says_that_it_is_done_and_other_minutes_are_refused(fin
     assert (other.code, "holds a run with other settings" in other.error) == (2, True)
 
 
+@pytest.mark.slow  # two more runs
 def test_what_the_clock_leaves_out_is_told_and_played_by_the_same_command(finished, entry_point):
     workdir, _ = finished
     before = json.loads((workdir / "results.json").read_text())
