@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from experiments.common import entry
-from experiments.configs import antmaze, base, dataset, four_rooms, locomotion, maze, quickstart, sparse_maze
+from experiments.configs import antmaze, base, dataset, four_rooms, humanoid, locomotion, maze, quickstart, sparse_maze
 from tt_jax import ensemble, iql, iql_training, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
@@ -44,6 +44,7 @@ COMPUTED = {  # fields of records that the data or another field brings
 
 
 ANY_DATASET = {f"dataset-{size}": dataset.get_config(size) for size in dataset.SIZES}  # has no score to keep
+ANY_DATASET["humanoid"] = humanoid.get_config()
 
 
 def flatten(config):
