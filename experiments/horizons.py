@@ -12,7 +12,6 @@ interrupted.
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 
@@ -25,9 +24,8 @@ from experiments.common import (
     open_loop_run,
     run_flags,
     stages,
-    transformer_run,
 )
-from tt_jax import checkpoints, densities, trajectories
+from tt_jax import densities, trajectories
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
@@ -53,21 +51,13 @@ def main(_):
         trajectories.select(loaded, episodes)
         for episodes in datasets.split(loaded, config.data.eval_fraction, config.seed)
     )
-    trained = _train(config, pathlib.Path(workdir), train, run=data.run, preemption=preemption)
+    transitions = trajectories.transitions(train)  # before the long work, as not all actions can be used
+    trained = dynamics_run.train_all(config, pathlib.Path(workdir), transitions, run=data.run, preemption=preemption)
 
     counts = {"horizon": HORIZON.value, "count": NUM_STARTS.value, "seed": config.seed}
     starts = open_loop_run.choose_starts(held_out, **counts)
     scale = np.maximum(train.observations.std(axis=0), 1e-6).astype(np.float32)
-    bounds = train.observations.min(axis=0).astype(np.float32), train.observations.max(axis=0).astype(np.float32)
-    models = open_loop_run.token_models(
-        trained["transformer"], data.held_out, starts, num_samples=NUM_SAMPLES.value, name="transformer"
-    )
-    markov = open_loop_run.token_models(
-        trained["markov"], data.held_out, starts, num_samples=NUM_SAMPLES.value, name="markov"
-    )
-    models["markov"] = markov["markov"]
-    for name in ("ensemble", "deterministic"):
-        models |= open_loop_run.ensemble_models(trained[name], starts, num_samples=NUM_SAMPLES.value, bounds=bounds)
+    models = open_loop_run.models(trained, data.held_out, starts, num_samples=NUM_SAMPLES.value, data=train)
     steps = "_".join(str(checkpoint.step) for checkpoint in trained.values())
     folder = pathlib.Path(workdir) / "open_loop" / f"{HORIZON.value}_{NUM_STARTS.value}_{NUM_SAMPLES.value}_{steps}"
     measured = {}
@@ -114,27 +104,6 @@ def _hidden_dims(config, dataset):
     settings = datasets.with_keys(dataset, datasets.data_config(config.data), download=DOWNLOAD.value)
     size = trajectories.load(dataset, config=settings, download=DOWNLOAD.value).observations.shape[1]
     return tuple(range(size // 2, size))
-
-
-def _train(config, workdir, data, *, run, preemption) -> dict[str, checkpoints.Checkpoint]:
-    """Train every model on the episodes `data`, as far as they are not trained yet."""
-    with stages.stage("1/4 train the transformer"):
-        transformer_run.train(config, workdir, preemption=preemption)
-    with stages.stage("2/4 train the transformer with a window of one transition"):
-        single = ml_collections.ConfigDict(config.to_dict())
-        transition_dim = data.observations.shape[1] + data.actions.shape[1] + 2
-        blocks = [length * transition_dim - 1 for length in (config.model.max_transitions, 2)]
-        single.train.num_steps = round(config.train.num_steps * blocks[0] / blocks[1])  # as many tokens
-        single.model.max_transitions = 2  # one to look at, one to predict
-        single = entry.resolve_config(single, dataset=None, workdir=workdir / "markov")
-        transformer_run.train(single, workdir / "markov", preemption=preemption)
-    settings = {"run": run, "preemption": preemption}
-    with stages.stage(f"3/4 train {config.ensemble.num_members} probabilistic networks"):
-        dynamics_run.train(config, workdir / "ensemble", data, **settings)
-    with stages.stage("4/4 train a deterministic network"):
-        dynamics_run.train(config, workdir / "deterministic", data, num_members=1, probabilistic=False, **settings)
-    folders = {"transformer": "", "markov": "markov", "ensemble": "ensemble", "deterministic": "deterministic"}
-    return {name: checkpoints.restore(workdir / folder) for name, folder in folders.items()}
 
 
 if __name__ == "__main__":

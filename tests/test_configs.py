@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from experiments.common import baselines, entry, settings
-from experiments.configs import antmaze, base, dataset, four_rooms, locomotion, maze, quickstart, sparse_maze
+from experiments.configs import antmaze, base, dataset, four_rooms, humanoid, locomotion, maze, quickstart, sparse_maze
 from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
@@ -52,6 +52,7 @@ FAST = {
     **{f"antmaze-{name}-fast": antmaze.get_config(f"{name}-fast") for name in antmaze.MAZES},
 }
 ANY_DATASET = {f"dataset-{size}": dataset.get_config(size) for size in dataset.SIZES}  # has no score to keep
+ANY_DATASET["humanoid"] = humanoid.get_config()
 
 
 def flatten(config):

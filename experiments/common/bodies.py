@@ -37,7 +37,7 @@ def draw_strip(starts: open_loop_run.Starts, measured: dict, data: datasets.Data
             states = np.concatenate([starts.observations[start][None], states])
             for axes, step in zip(axes_row, steps, strict=True):
                 axes.imshow(_render(env, states[step], structure))
-                axes.set(xticks=[], yticks=[], title=f"step {step}" if axes_row is grid[0] else "")
+                axes.set(xticks=[], yticks=[], title=f"step {step}" if title == "real" else "")
             axes_row[0].set_ylabel(title)
     except Exception as error:  # whatever is missing of OpenGL shows only here, each time in another way
         return logging.info("no pictures of bodies: nothing renders here (%s).", type(error).__name__)

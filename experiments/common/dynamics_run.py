@@ -1,12 +1,14 @@
-"""Training of single-step models on a Minari dataset, from a configuration to checkpoints in a workdir."""
+"""Training of the models that are compared in open loop, from a configuration to checkpoints in a workdir."""
 
 import functools
+import pathlib
 
 import jax
+import ml_collections
 import numpy as np
 
-from experiments.common import entry, training_loop
-from tt_jax import ensemble, trajectories, types
+from experiments.common import entry, stages, training_loop, transformer_run
+from tt_jax import checkpoints, ensemble, types
 
 VALIDATION = 0.05  # share of the transitions by which the best weights are found
 
@@ -23,18 +25,18 @@ def split(transitions: types.Transitions, seed: int) -> ensemble.EnsembleData:
 def train(
     config,
     workdir: str,
-    data: trajectories.Trajectories,
+    transitions: types.Transitions,
     *,
     preemption: entry.Preemption,
     run: dict,
     **changes,
 ) -> None:
-    """Train an ensemble with the settings of `config`, and `changes`, on the transitions of `data`, or go on with it.
+    """Train an ensemble with the settings of `config`, and `changes`, on `transitions`, or go on with it.
 
     Raises entry.Interrupted, after saving, when told to stop.
     """
-    found = split(trajectories.transitions(data), config.seed)
-    sizes = {"observation_dim": data.observations.shape[1], "action_dim": data.actions.shape[1]}
+    found = split(transitions, config.seed)
+    sizes = {"observation_dim": transitions.observations.shape[1], "action_dim": transitions.actions.shape[1]}
     model = entry.to_dataclass(ensemble.EnsembleConfig, config.ensemble, **sizes, **changes)
     settings = entry.to_dataclass(ensemble.EnsembleTrainConfig, config.ensemble_train)
     init = functools.partial(
@@ -55,3 +57,30 @@ def train(
         work_per_step={"transitions": settings.batch_size * model.num_members},
         preemption=preemption,
     )
+
+
+def train_all(
+    config, workdir: pathlib.Path, transitions: types.Transitions, *, run: dict, preemption: entry.Preemption
+) -> dict[str, checkpoints.Checkpoint]:
+    """Train, as far as they are not trained yet, the transformer, one with a window of one transition, and networks.
+
+    The first learns in `workdir`, the others below it. Returns the checkpoints "transformer", "markov", "ensemble" and
+    "deterministic".
+    """
+    with stages.stage("1/4 train the transformer"):
+        transformer_run.train(config, workdir, preemption=preemption)
+    with stages.stage("2/4 train the transformer with a window of one transition"):
+        single = ml_collections.ConfigDict(config.to_dict())
+        transition_dim = transitions.observations.shape[1] + transitions.actions.shape[1] + 2
+        blocks = [length * transition_dim - 1 for length in (config.model.max_transitions, 2)]
+        single.train.num_steps = round(config.train.num_steps * blocks[0] / blocks[1])  # as many tokens
+        single.model.max_transitions = 2  # one to look at, one to predict
+        single = entry.resolve_config(single, dataset=None, workdir=workdir / "markov")
+        transformer_run.train(single, workdir / "markov", preemption=preemption)
+    settings = {"run": run, "preemption": preemption}
+    with stages.stage(f"3/4 train {config.ensemble.num_members} probabilistic networks"):
+        train(config, workdir / "ensemble", transitions, **settings)
+    with stages.stage("4/4 train a deterministic network"):
+        train(config, workdir / "deterministic", transitions, num_members=1, probabilistic=False, **settings)
+    folders = {"transformer": "", "markov": "markov", "ensemble": "ensemble", "deterministic": "deterministic"}
+    return {name: checkpoints.restore(workdir / folder) for name, folder in folders.items()}

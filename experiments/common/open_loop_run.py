@@ -14,7 +14,8 @@ from experiments.common import entry
 from tt_jax import checkpoints, densities, ensemble, open_loop, sampling, trajectories, types, window
 
 NUM_KEPT = 8  # samples of each start that are kept
-_FLOATS_AT_ONCE = 2**25  # of activations in one call
+_FLOATS_AT_ONCE = {"cpu": 2**25}  # of activations in one call, by platform
+_FLOATS_OF_ACCELERATORS = 2**31
 
 FILTERS = {"": sampling.Filters(), "_median": sampling.Filters(central=0.0), "_greedy": sampling.Filters(top_k=1)}
 
@@ -78,6 +79,24 @@ def contexts(store: trajectories.TokenStore, starts: Starts, *, length: int) -> 
     return types.Context(tokens=store.tokens[rows].astype(np.int32), length=count.astype(np.int32))
 
 
+def models(
+    trained: dict[str, checkpoints.Checkpoint],
+    store: trajectories.TokenStore,
+    starts: Starts,
+    *,
+    num_samples: int,
+    data: trajectories.Trajectories,
+) -> dict[str, Model]:
+    """Make every checkpoint of `dynamics_run.train_all` models to roll out; `data` gives the range of the states."""
+    bounds = tuple(bound.astype(np.float32) for bound in (data.observations.min(axis=0), data.observations.max(axis=0)))
+    found = token_models(trained["transformer"], store, starts, num_samples=num_samples, name="transformer")
+    markov = token_models(trained["markov"], store, starts, num_samples=num_samples, name="markov")
+    found["markov"] = markov["markov"]
+    for name in ("ensemble", "deterministic"):
+        found |= ensemble_models(trained[name], starts, num_samples=num_samples, bounds=bounds)
+    return found
+
+
 def token_models(
     checkpoint: checkpoints.Checkpoint, store: trajectories.TokenStore, starts: Starts, *, num_samples: int, name: str
 ) -> dict[str, Model]:
@@ -108,7 +127,8 @@ def token_models(
             settings = window_config(state.logits.shape[1])
             return open_loop.transformer_step(*arguments, config=settings, filters=filters, own_actions=own_actions)
 
-        floats = longest * dim * config.embed_dim * (8 + 4 * config.num_layers)
+        tokens = longest * dim  # read again half at a time as the window slides
+        floats = tokens * config.embed_dim * (8 + 4 * config.num_layers) + config.num_heads * (tokens // 2) ** 2
         return Model(params, (past, observed), root, step, width, floats)
 
     return {
@@ -144,7 +164,8 @@ def ensemble_models(
 
 def measure(model: Model, starts: Starts, *, scale: np.ndarray, seed: int, title: str) -> dict[str, np.ndarray]:
     """Roll a model out from all starts, a part of the starts and of the samples at a time; `open_loop.Measures`."""
-    room = max(1, _FLOATS_AT_ONCE // model.floats_per_sample)
+    floats = _FLOATS_AT_ONCE.get(jax.default_backend(), _FLOATS_OF_ACCELERATORS)
+    room = max(1, floats // model.floats_per_sample)
     width = max(w for w in range(1, model.num_samples + 1) if model.num_samples % w == 0 and (w <= room or w == 1))
     size = int(np.clip(room // width, 1, len(starts.steps)))
     num_groups = model.num_samples // width
