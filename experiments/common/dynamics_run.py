@@ -48,13 +48,17 @@ def train(
         fresh=jax.jit(init)(jax.random.key(config.seed)),
         model={"config": model, "tokenizer": None, "run": run},
         train_fn=ensemble.make_train_fn(config=model, train_config=settings, num_transitions=len(found.train.rewards)),
-        store=found,
+        stores=[found],
+        sizes=[len(found.train.rewards)],
         seed=config.seed,
         evaluate=None,
         describe=lambda metrics, rate: (
             f"loss {metrics['loss'][-1]:.3f}, best on validation {metrics['best_validation_loss'][-1]:.3f}"
         ),
         work_per_step={"transitions": settings.batch_size * model.num_members},
+        step_sizes=f"{settings.batch_size} transitions for each of {model.num_members} networks",
+        memory_settings=f"lower ensemble_train.batch_size ({settings.batch_size}), ensemble.num_members "
+        f"({model.num_members}) or ensemble.hidden_dims ({model.hidden_dims})",
         preemption=preemption,
     )
 
