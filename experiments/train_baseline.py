@@ -8,7 +8,7 @@ Settings are --config.baselines.METHOD.FIELD. `python -m experiments.play --work
 
 from absl import flags
 
-from experiments.common import baselines, entry, run_flags
+from experiments.common import baselines, entry, run_flags, settings
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
@@ -21,7 +21,7 @@ def main(_):
     config = CONFIG.value
     if config and NUM_SEEDS.value:
         config.baselines[METHOD.value].train.num_seeds = NUM_SEEDS.value
-    config = entry.resolve_config(config, dataset=DATASET.value, workdir=WORKDIR.value)
+    config = entry.resolve_config(settings.checked(config), dataset=DATASET.value, workdir=WORKDIR.value)
     baselines.train(config, WORKDIR.value, method=METHOD.value, preemption=preemption, download=DOWNLOAD.value)
 
 
