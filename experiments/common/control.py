@@ -72,9 +72,10 @@ def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
     predicted rewards would otherwise hold.
     """
     checkpoint = restore(workdir, iql.IQLConfig, program="train_iql")
-    names = ("observation_keys", "observation_slice", "step", "termination_penalty")
+    names = ("observation_keys", "observation_slice", "hidden_dims", "step", "termination_penalty")
     expected, got = (
-        {"dataset": each["dataset"]} | {n: each["data"][n] for n in names} for each in (run, checkpoint.run)
+        {"dataset": each["dataset"]} | {name: each["data"].get(name, []) for name in names}  # older runs hide nothing
+        for each in (run, checkpoint.run)
     )
     got |= {"termination_penalty": None}  # IQL learns from the rewards as they are
     for name, value in expected.items():
