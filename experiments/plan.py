@@ -9,7 +9,6 @@ The newest checkpoint in the workdir brings its environment, its observation lay
 
 import dataclasses
 import functools
-import pathlib
 import time
 
 import gymnasium
@@ -119,7 +118,7 @@ def main(_):
             "a goal must be the position in an observation of position and velocity, as in point mazes; this one has "
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
-    out = _result_file()
+    out = control.result_file(OUT.value)
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
@@ -157,28 +156,7 @@ def main(_):
     entry.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=episodes[0].actions)
-    _print_table(results)
-
-
-def _result_file() -> pathlib.Path:
-    """Make the folder of --out; a place where no file can be written is reported before the work."""
-    out = pathlib.Path(OUT.value)
-    if out.is_dir():
-        raise ValueError(f"--out={OUT.value} must name a file, not a folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out={OUT.value} cannot be written: {error}.") from error
-    return out
-
-
-def _print_table(results):
-    print(f"{results['environment']}, step {results['checkpoint_step']}, {len(results['episodes'])} episodes")
-    for name in ("return", "normalized_score", "length", "success"):
-        mean, error = results[name]["mean"], results[name]["standard_error"]
-        if mean is not None:
-            print(f"  {name:<17}{mean:10.2f}" + (f" +- {error:.2f}" if error is not None else ""))
-    print(f"  {'plans/s':<17}{results['plans_per_second']:10.2f}\n  results in {OUT.value}")
+    control.print_summary(results, out)
 
 
 def _reference_scores(dataset_id) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""The table of maze_table.py in a point maze, with data that holds no way from the start to the goal in one piece.
+"""The comparison of compare.py in a point maze, with data that holds no way from the start to the goal in one piece.
 
 python -m experiments.sparse_maze [--workdir=runs/sparse_maze --seed=0 --num_seeds=3 --num_episodes=50]
 
@@ -24,6 +24,7 @@ NUM_ENVS = run_flags.num_envs(default=25)
 
 DATA_STEPS, EVAL_STEPS = 80, 750  # environment steps; the noiseless controller takes about 220 from start to goal
 START, GOAL = (1, 1), (6, 6)  # cells (row, column)
+METHODS = ("bc", "iql", "tt", "tt_q")
 MAX_NOISE = 1.0  # largest standard deviation of the behaviour policy's action noise
 
 
@@ -38,7 +39,7 @@ def main(_):
     if found != asked:
         raise entry.UsageError(f"{workdir} holds data with {found}, not {asked}; use another --workdir.")
     sizes = {flag.name: flag.value for flag in (NUM_SEEDS, NUM_EPISODES, NUM_ENVS)}
-    comparison.compare(experiment, **sizes, download=DOWNLOAD.value)
+    comparison.compare(experiment, methods=METHODS, **sizes, download=DOWNLOAD.value)
 
 
 def make_env(*, start: tuple[int, int] | None, max_episode_steps: int) -> gymnasium.Env:

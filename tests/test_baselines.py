@@ -1,12 +1,15 @@
 """Behaviour cloning, Decision Transformer and CQL against plain numpy, and on four devices against one."""
 
 import functools
+import re
+import types
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entry_points import ROOT
 from scipy import stats
 from transform_checks import check_transforms
 
@@ -59,7 +62,7 @@ def numpy_mlp(params, x):
 # Any method
 
 
-@pytest.mark.parametrize("module", [cql, *(pytest.param(each, marks=pytest.mark.slow) for each in (bc, DT))])
+@pytest.mark.parametrize("module", [bc, *(pytest.param(each, marks=pytest.mark.slow) for each in (cql, DT))])
 def test_every_learner_on_four_devices_takes_the_steps_of_one_that_is_alone(data, module):
     _, config, store, state = make_learner(module, data)
     num_rows, size, seed = len(store.actions), 8, 5
@@ -112,6 +115,20 @@ def play(data, length):
         actions=list(data.actions[:length]),
         rewards=REWARDS[:length].tolist(),
     )
+
+
+def test_the_worked_example_of_the_docs_learns(data):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "baselines.md").read_text(), re.DOTALL)[1]
+    module = types.ModuleType("least_squares")
+    exec(code, module.__dict__)
+    config, units, store = module.prepare(data, SETTINGS[bc] | {"learning_rate": 1e-2})
+    state = module.init(jax.random.key(0), config=config, units=units)
+    update = jax.jit(functools.partial(module.update, config=config))
+    for _ in range(300):
+        before, (state, metrics) = state, update(state, module.batch(store, np.arange(9)))
+    error = module.act(before.params, data.observations, config=config) - data.actions
+    np.testing.assert_allclose(metrics["actor_loss"], np.mean(np.square(error)), rtol=1e-4)
+    assert metrics["actor_loss"] < 0.1 * np.mean(np.square(data.actions))
 
 
 # Behaviour cloning

@@ -6,9 +6,9 @@ import pathlib
 
 import pytest
 
-from experiments.common import entry
+from experiments.common import baselines, entry
 from experiments.configs import antmaze, base, dataset, four_rooms, locomotion, maze, quickstart, sparse_maze
-from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer, types
+from tt_jax import iql, iql_training, learners, sequence_planner, training, trajectories, transformer, types
 
 LOCOMOTION = [f"{body}-{data}" for body in locomotion.BODIES for data in locomotion.DATA]
 ANTMAZE = [f"{name}{size}" for name in antmaze.MAZES for size in ("", "-cpu")]
@@ -22,7 +22,6 @@ NEWER = {  # fields that not every configuration had when it was stored
     "model.goal_conditioned": False,
     "model.reference_goal_mask": False,
     "plan.share_ancestors": True,
-    "table.bc_steps": 50_000,
 }
 RECORDS = {
     "data": trajectories.DataConfig,
@@ -38,7 +37,8 @@ COMPUTED = {  # fields of records that the data or another field brings
     "plan": {"discount": 0.9},
     "iql": {"observation_dim": 4, "action_dim": 2, "actor_cosine_steps": 10},
 }
-
+SIZES = {"observation_dim": 4, "action_dim": 2}
+BASELINE_SIZES = {"dt": SIZES | {"max_timesteps": 10}}
 
 ANY_DATASET = {f"dataset-{size}": dataset.get_config(size) for size in dataset.SIZES}  # has no score to keep
 
@@ -47,6 +47,8 @@ def flatten(config):
     """Return the fields by their dotted names, as JSON, which tells 1 from 1.0 but not tuples from lists."""
     flat = {}
     for part, value in config.to_dict().items():
+        if part == "baselines":  # has a test of its own
+            continue
         fields = {f"{part}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {part: value}
         flat |= {name: json.dumps(each) for name, each in fields.items()}
     return flat
@@ -61,13 +63,18 @@ def test_every_field_is_what_is_stored(name):
 
 @pytest.mark.parametrize("config", (CONFIGS | ANY_DATASET).values(), ids=CONFIGS | ANY_DATASET)
 def test_every_field_belongs_to_a_record_and_makes_a_valid_one(config):
-    assert set(config) == {"seed", "dataset", "eval", "table", *RECORDS}
+    assert set(config) == {"seed", "dataset", "eval", "baselines", *RECORDS}
     for part, record in RECORDS.items():
         own = {name: value for name, value in config[part].items() if name not in OTHER_FIELDS.get(part, ())}
         computed = COMPUTED.get(part, {})
         assert set(own) == {field.name for field in dataclasses.fields(record)} - set(computed)
         entry.to_dataclass(record, own, **computed)
     assert config.plan.window[0] <= config.model.max_transitions
+    for name, baseline in baselines.BASELINES.items():
+        own = dict(config.baselines[name])
+        entry.to_dataclass(learners.TrainConfig, own.pop("train"))
+        settings = entry.to_dataclass(baseline.module.Config, own, **BASELINE_SIZES.get(name, SIZES))
+        assert all(getattr(settings, field) == value for field, value in baseline.settings.items())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -117,3 +124,12 @@ def test_iql_is_that_of_the_paper():
             3e-4,
         )
     assert antmaze.get_config("large-play").dataset == "D4RL/antmaze/large-play-v1"
+
+
+def test_baselines_are_those_of_the_papers():
+    dt, cql = (locomotion.get_config("hopper-medium-replay").baselines[name] for name in ("dt", "cql"))
+    assert (dt.window, dt.num_layers, dt.num_heads, dt.embed_dim, dt.targets) == (20, 3, 1, 128, (3600.0, 1800.0))
+    assert (dt.return_scale, dt.learning_rate, dt.train.batch_size, dt.train.num_steps) == (1000.0, 1e-4, 64, 100_000)
+    assert (cql.penalty_weight, cql.num_samples, cql.lagrange_gap) == (5.0, 10, 0.0)
+    assert antmaze.get_config("large-play").baselines.cql.lagrange_gap == 5.0
+    assert antmaze.get_config("large-play").baselines.bc10.best_share == 0.1

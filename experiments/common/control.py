@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -193,3 +194,42 @@ def mean_and_error(values: Sequence[float | None]) -> dict:
         return {"mean": None, "standard_error": None}
     error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "standard_error": error}
+
+
+def interquartile_mean(scores: np.ndarray, *, num_draws: int = 2000) -> dict:
+    """Return the mean of the middle half of all scores [trainings, episodes], and its 95% bootstrap interval.
+
+    As Agarwal et al. 2021 (arXiv 2108.13264) recommend; trainings are drawn first, then episodes of each.
+    """
+    rng, (size, length) = np.random.default_rng(0), scores.shape
+    trainings = rng.integers(size, size=(num_draws, size, 1))
+    draws = scores[trainings, rng.integers(length, size=(num_draws, size, length))].reshape(num_draws, -1)
+
+    def middle(values):
+        cut = values.shape[-1] // 4
+        return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
+
+    low, high = np.percentile(middle(draws), [2.5, 97.5])
+    return {"mean": float(middle(scores.reshape(-1))), "low": float(low), "high": float(high)}
+
+
+def result_file(name: str) -> pathlib.Path:
+    """Make the folder of --out; a place where no file can be written is reported before the work."""
+    out = pathlib.Path(name)
+    if out.is_dir():
+        raise ValueError(f"--out={name} must name a file, not a folder.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out={name} cannot be written: {error}.") from error
+    return out
+
+
+def print_summary(results: dict, out: pathlib.Path) -> None:
+    """Print what was played and where all of it is."""
+    print(f"{results['environment']}, step {results['checkpoint_step']}, {len(results['episodes'])} episodes")
+    for name in ("return", "normalized_score", "length", "success"):
+        mean, error = results[name]["mean"], results[name]["standard_error"]
+        if mean is not None:
+            print(f"  {name:<17}{mean:10.2f}" + (f" +- {error:.2f}" if error is not None else ""))
+    print(f"  {'plans/s':<17}{results['plans_per_second']:10.2f}\n  results in {out}")

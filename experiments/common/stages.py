@@ -40,8 +40,15 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     return Experiment(config, pathlib.Path(workdir), preemption)
 
 
-def results(experiment: Experiment, numbers: dict, make_fn: Callable[[], dict]) -> dict:
+def results(
+    experiment: Experiment,
+    numbers: dict,
+    make_fn: Callable[[], dict],
+    is_complete: Callable[[dict], bool] = lambda parts: True,
+) -> dict:
     """Return what results.json in the workdir holds; where there is none, `make_fn()` does the work and returns parts.
+
+    So it does where `is_complete(parts)` says that something is missing.
 
     Raises UsageError if the workdir was made with another configuration or with other `numbers`.
     """
@@ -52,9 +59,9 @@ def results(experiment: Experiment, numbers: dict, make_fn: Callable[[], dict]) 
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
     entry.write_json(path, settings)
     path = workdir / "results.json"
-    if path.exists():
+    if path.exists() and is_complete(parts := json.loads(path.read_text())):
         logging.info("%s is done; another --workdir starts anew.", workdir)
-        return json.loads(path.read_text())
+        return parts
     started = time.time()
     parts = make_fn() | {
         "wall_time_s": time.time() - started,  # of what was left to do

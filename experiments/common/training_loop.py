@@ -1,4 +1,4 @@
-"""The training loop of the transformer and of IQL: compiled calls between events, metrics, checkpoints, signals."""
+"""The training loop of transformer and learners: compiled calls between events, metrics, checkpoints, signals."""
 
 import contextlib
 import dataclasses
@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from experiments.common import entry
-from tt_jax import checkpoints, data_parallel, iql_training, training
+from tt_jax import checkpoints, data_parallel, learners, training
 
 SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 
@@ -21,7 +21,7 @@ SECONDS_PER_CALL = 1.0  # so that signals are answered soon
 def run(
     workdir: str,
     *,
-    config: training.TrainConfig | iql_training.IQLTrainConfig,
+    config: training.TrainConfig | learners.TrainConfig,
     fresh: Any,
     model: dict[str, Any],
     free_fields: Sequence[str] = (),

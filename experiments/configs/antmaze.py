@@ -4,11 +4,12 @@ python -m experiments.train_iql --config=experiments/configs/antmaze.py:medium-d
 python -m experiments.train_tt --config=experiments/configs/antmaze.py:medium-diverse --download --workdir=runs/ant_tt
 python -m experiments.plan --workdir=runs/ant_tt --iql_workdir=runs/ant_iql --num_episodes=100
 
-or all of it with `python -m experiments.maze_table`. Selection: MAZE-DATA with umaze, umaze-diverse, medium-play,
-medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari, with the settings of the
-papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-cpu" at the end scales them to
-hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q on two ant
-mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
+or all of it, beside what others would choose, with `python -m experiments.compare`. Selection: MAZE-DATA with umaze,
+umaze-diverse, medium-play, medium-diverse, large-play or large-diverse, D4RL's datasets under their names in Minari,
+with the settings of the papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-cpu"
+at the end scales them to hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the
+transformer with Q on two ant mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the
+README.
 """
 
 from experiments.configs import maze
@@ -54,6 +55,16 @@ def _scale_down(config):
 
     config.iql.discount = 0.995  # at 0.99 everything 200 steps away from the goal looks alike
     config.iql_train.num_steps = 250_000
+    config.baselines.dt.num_layers = 2
+    config.baselines.dt.embed_dim = 64
+    config.baselines.dt.learning_rate = 1e-3
+    config.baselines.dt.warmup_steps = 1_000
+    config.baselines.dt.train.batch_size = 32
+    config.baselines.dt.train.num_steps = 20_000
+    config.baselines.cql.discount = config.iql.discount
+    config.baselines.cql.num_samples = 4
+    config.baselines.cql.train.batch_size = 128
+    config.baselines.cql.train.num_steps = 100_000
     config.eval.goal = (10.0, -10.0) if "medium" in config.dataset else ()
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step

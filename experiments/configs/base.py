@@ -8,6 +8,7 @@ Most parts are records of the library, where their fields have defaults and comm
     plan        tt_jax.sequence_planner.PlanConfig
     iql         tt_jax.iql.IQLConfig
     iql_train   tt_jax.iql_training.IQLTrainConfig
+    baselines   Config of each module in experiments/common/baselines.py, and train: tt_jax.learners.TrainConfig
 
 A new field of a record is a field here, too, and in every family. Defaults are those of the papers for locomotion, a
 GPU's work for hours.
@@ -18,6 +19,7 @@ import typing
 
 from ml_collections import config_dict
 
+from experiments.common.baselines import BASELINES
 from tt_jax import iql, iql_training, sequence_planner, training, trajectories, transformer
 
 
@@ -45,9 +47,16 @@ def get_config():
     config.eval.num_episodes = 10  # of each learner; 0: none
     config.eval.goal = ()  # x, y where the goal of a maze stands in every episode; (): where the environment puts it
 
-    config.table = config_dict.ConfigDict()  # of experiments/maze_table.py
-    config.table.bc_steps = 50_000  # updates of behaviour cloning
+    config.baselines = config_dict.ConfigDict({name: _baseline(each) for name, each in BASELINES.items()})
     return config.lock()
+
+
+def _baseline(baseline):
+    """Return the settings of a baseline and of its training."""
+    fields = _fields_of(baseline.module.Config)
+    fields.update(baseline.settings)
+    fields.train = config_dict.ConfigDict(dataclasses.asdict(baseline.module.TRAIN))
+    return fields
 
 
 def _fields_of(record, *, without=()):

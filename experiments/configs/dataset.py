@@ -50,6 +50,10 @@ def get_config(size="medium"):
         config.plan.beam_width = 16
         config.plan.window = (5, 3)
 
+        config.baselines.bc.train.num_steps = config.baselines.bc10.train.num_steps = 5_000
+        config.baselines.dt.train.num_steps = 1_000
+        config.baselines.dt.warmup_steps = 100
+        config.baselines.cql.train.num_steps = 2_000
         config.iql_train.num_steps = 10_000
         config.iql_train.log_every = 1_000
         config.iql_train.eval_every = config.iql_train.checkpoint_every = 5_000

@@ -15,6 +15,7 @@ to its end here; the README has Hopper at the scale of two CPU cores, where medi
 from experiments.configs import base
 
 BODIES = ("halfcheetah", "hopper", "walker2d", "ant")
+RETURN_TARGETS = {"halfcheetah": (12_000.0, 6_000.0), "hopper": (3_600.0, 1_800.0), "walker2d": (5_000.0, 2_500.0)}
 DATA = ("medium", "medium-replay", "medium-expert")
 
 
@@ -34,6 +35,7 @@ def get_config(name="hopper-medium"):
     config.train.num_steps = windows // config.train.batch_size  # 1e6 / size x 50 (80) epochs of a dataset
     config.train.eval_every = config.train.checkpoint_every = 5_000
     config.plan.update(_plan_changes(body, data))
+    config.baselines.dt.targets = RETURN_TARGETS.get(body, ())
     return config
 
 

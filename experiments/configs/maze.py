@@ -62,4 +62,8 @@ def any_maze():
     config.iql.temperature = 10.0
     config.iql.normalize_observations = True  # velocities are larger than positions; the reference leaves them
     config.iql.reward_units = "minus_one"  # a step costs 1 until the goal is reached
+    config.baselines.dt.return_scale = 1.0
+    config.baselines.cql.reward_units = "minus_one"
+    config.baselines.cql.lagrange_gap = 5.0
+    config.baselines.cql.max_backup = True
     return config

@@ -32,6 +32,7 @@ def get_config():
     config.iql_train.num_steps = 30_000
     config.iql_train.log_every = 2_000
     config.iql_train.eval_every = config.iql_train.checkpoint_every = 5_000
-    config.table.bc_steps = 10_000
+    config.baselines.bc.hidden_dims = (128, 128)
+    config.baselines.bc.train.num_steps = 10_000
     config.eval.num_episodes = 20
     return config

@@ -1,0 +1,65 @@
+"""Play the policy of a baseline or of IQL in an environment, and write the results as JSON.
+
+python -m experiments.play --workdir=DIR --num_episodes=20 --out=results.json [--learner=0 --num_envs=10 --seed=0]
+
+The workdir is one of train_baseline or train_iql and brings the environment. A Decision Transformer plays the same
+reset seeds with each of its targets in turn: --out holds the first as `plan` writes it, and all of them in "targets".
+"""
+
+import functools
+import time
+
+import jax
+from absl import flags
+
+from experiments.common import baselines, control, datasets, entry, run_flags
+from tt_jax import environments, minari_files, rollouts
+
+WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
+NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
+NUM_ENVS = run_flags.num_envs(default=10)
+SEED = run_flags.seed(help="Seed of the first episode; each further one adds 1.", upper_bound=2**31)
+LEARNER = flags.DEFINE_integer("learner", 0, "Which of the seeds that were trained side by side.", lower_bound=0)
+OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
+ENV = flags.DEFINE_string("env", None, "Environment id, or MODULE:ID, in place of the dataset's environment.")
+TRUST = flags.DEFINE_bool("trust_environment", False, "Run whatever code the dataset names as its environment.")
+SETTINGS = (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, LEARNER, ENV, TRUST)
+
+
+def main(_):
+    checkpoint = baselines.restore(WORKDIR.value)
+    run, num_envs = checkpoint.run, min(NUM_ENVS.value, NUM_EPISODES.value)
+    policies = baselines.make_policies(checkpoint, learner=LEARNER.value, max_batch=num_envs)
+    data_config = datasets.data_config(run["data"])
+    place = {"env_id": ENV.value, "trust": TRUST.value, "goal": run["eval"]["goal"]}
+    try:
+        envs = rollouts.vectorize(functools.partial(control.make_env, run, **place), num_envs)
+    except (environments.Untrusted, environments.Unavailable) as error:
+        raise ValueError(f"{error}; pass --env=ID, or --trust_environment to run what the data names.") from error
+    rollouts.check_spaces(envs, checkpoint.config, config=data_config)
+    out, seeds = control.result_file(OUT.value), range(SEED.value, SEED.value + NUM_EPISODES.value)
+    reference = None if ENV.value else minari_files.reference_scores(run["dataset"])
+
+    found = {}
+    for target, policy in policies.items():
+        started = time.time()
+        title = f"play, target {target}" if target else "play"
+        episodes, counts = control.play(envs, policy, seeds=seeds, config=data_config, title=title)
+        seconds = time.time() - started
+        speed = {"num_plans": counts["plans"], "plans_per_second": counts["plans"] / seconds, "wall_time_s": seconds}
+        found[target] = control.summarize(episodes, reference) | speed
+    common = {"checkpoint_step": checkpoint.step, "environment": envs.envs[0].spec.id, "dataset": run["dataset"]}
+    results = common | next(iter(found.values())) | ({"targets": found} if "" not in found else {})
+    results |= {
+        "device": jax.devices()[0].device_kind,
+        "commit": entry.commit_id(),
+        "settings": {flag.name: flag.value for flag in SETTINGS},
+    }
+    entry.write_json(out, results)
+    for target, summary in found.items():
+        print(f"target {target}:" if target else "", end=" " if target else "")
+        control.print_summary(common | summary, out)
+
+
+if __name__ == "__main__":
+    entry.run(main)
