@@ -30,7 +30,7 @@ class Baseline:
 
     title: str
     module: types.ModuleType
-    settings: Mapping = types.MappingProxyType({})
+    settings: Mapping = dataclasses.field(default_factory=dict)
 
 
 BASELINES = {
