@@ -320,8 +320,7 @@ def make_train_fn(
     is traced, at most `config.steps_per_call`; metrics are [steps_per_call], of which the first `num_steps` count. A
     `schedule`, by name, replaces that of the configuration. How a run is split into calls, and over how many devices,
     changes none of the random bits. `windows_fn(store, ids)` gathers windows. `store` may be a `shards.Shard` of at
-    most `num_windows`. Raises ValueError if the batch cannot be
-    shared equally or the run is too long to count.
+    most `num_windows`. Raises ValueError if the batch cannot be shared equally or the run is too long to count.
     """
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
