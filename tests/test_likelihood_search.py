@@ -204,7 +204,7 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
             np.testing.assert_allclose(plans.scores[env], scores, rtol=1e-5, atol=2e-4)
             expected = np.concatenate([observed[env], tokens[0]]).reshape(case.horizon, -1)
             np.testing.assert_array_equal(plans.tokens[env], expected)
-            beams = np.reshape(plans.beams[env], (len(tokens), -1))
+            beams = np.asarray(plans.beams)[env].reshape(len(tokens), -1)
             np.testing.assert_array_equal(beams[:, SPEC.observation_dim :], tokens)
             assert (beams[:, : SPEC.observation_dim] == observed[env]).all()
             actions = expected[:, SPEC.observation_dim : SPEC.observation_dim + SPEC.action_dim]
