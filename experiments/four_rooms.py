@@ -166,10 +166,10 @@ def _draw(experiment, played):
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         figures.draw_maze(axes, maze)
-        figures.draw_cells(axes, maze, maze.unique_goal_locations, color="tab:orange", alpha=0.3)
-    left.plot(*ends.T, ".", color="tab:blue", markersize=3)
+        figures.draw_cells(axes, maze, maze.unique_goal_locations, color=figures.ORANGE, alpha=0.3)
+    left.plot(*ends.T, ".", color=figures.BLUE, markersize=3)
     left.set_title(f"Where the {len(ends)} episodes of the data end (orange: held out)")
-    colours = ["tab:blue" if episode["success"] else "tab:red" for episode in episodes]
+    colours = [figures.BLUE if episode["success"] else figures.VERMILION for episode in episodes]
     paths, goals = (np.array([episode[name] for episode in episodes]) for name in ("positions", "goal"))
     figures.draw_trajectories(right, paths, goals, colours=colours)
     figures.add_maze_legend(right)

@@ -27,6 +27,7 @@ NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned to
 SEED = run_flags.seed(help="Seed of the planner and of the first episode; each further one adds 1.", upper_bound=2**31)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 VIDEO = flags.DEFINE_string("video", None, "File for a video of the first episode: .gif or, with imageio-ffmpeg, .mp4.")
+DRAW = flags.DEFINE_string("draw", None, "Folder for pictures of all beams of some plans of the first episode.")
 PLANNER = flags.DEFINE_enum(
     "planner", "reward", ["reward", "likelihood"], "What a plan has the most of: predicted reward, or likelihood."
 )
@@ -120,17 +121,14 @@ def main(_):
             f"{goal_dim} dimensions, the observation {model.spec.observation_dim}."
         )
     out = _result_file()
+    drawing = DRAW.value and _open_drawing(DRAW.value, plan_config.horizon)
     if VIDEO.value:  # a machine that cannot render says so now, not after the episodes
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=[])
 
-    policy = control.plan_policy(
-        checkpoint,
-        plan_config,
-        seed=SEED.value,
-        max_batch=envs.num_envs,
-        learners=learners,
-        by_likelihood=PLANNER.value == "likelihood",
-    )
+    by_likelihood = PLANNER.value == "likelihood"
+    planner = {"seed": SEED.value, "learners": learners, "by_likelihood": by_likelihood}
+    make_policy = functools.partial(control.plan_policy, checkpoint, plan_config, **planner)
+    policy = make_policy(max_batch=envs.num_envs)
     started = time.time()
     control.compile_policy(policy, model.spec.observation_dim, envs.num_envs)
     compiled = time.time()
@@ -157,7 +155,27 @@ def main(_):
     entry.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=SEED.value, actions=episodes[0].actions)
+    if drawing:
+        drawing.draw_plans(
+            DRAW.value,
+            episodes[0],
+            checkpoint=checkpoint,
+            make_env=make_env,
+            make_policy=make_policy,
+            replan_every=plan_config.replan_every,
+            score_name="log-likelihood" if by_likelihood else "predicted return",
+        )
     _print_table(results)
+
+
+def _open_drawing(folder, horizon):
+    """Return the module that draws; what prevents pictures is reported before the work."""
+    try:
+        from experiments.common import drawing
+    except ImportError as error:
+        raise ValueError(f"--draw={folder} needs the plots extra: {error}.") from error
+    drawing.check(folder, horizon=horizon)
+    return drawing
 
 
 def _result_file() -> pathlib.Path:

@@ -6,12 +6,14 @@ Minutes on 2 CPU cores. What is done is kept in the workdir: the same command go
 where the results are. The dataset is stored there, too, not among the user's own Minari datasets.
 """
 
+import functools
+
 import gymnasium
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import control, entry, figures, run_flags, stages, waypoint_controller
-from tt_jax import checkpoints, environments, rollouts, tokenization
+from experiments.common import control, drawing, entry, figures, run_flags, stages, waypoint_controller
+from tt_jax import checkpoints, environments, rollouts
 
 CONFIG, DATASET = run_flags.config("quickstart"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(default="runs/quickstart"), run_flags.download()
@@ -38,7 +40,7 @@ def main(_):
         summarize_fn=_summarize,
         download=DOWNLOAD.value,
     )
-    stages.report(experiment, _table(results), "maze.png", "learning_curve.png")
+    stages.report(experiment, _table(results), "maze.png", "learning_curve.png", "plans/plans.gif")
 
 
 def make_env() -> gymnasium.Env:
@@ -67,56 +69,58 @@ def _play(experiment, name) -> dict[str, np.ndarray]:
     """Play the episodes with one policy, or read what was played before."""
 
     def play():
-        plans = []
         make_policy = {
             "random": lambda: control.act_randomly,
             "behaviour": lambda: _waypoint_policy(MAX_NOISE),
             "behaviour without noise": lambda: _waypoint_policy(0.0),
-            "beam search": lambda: _plan_policy(experiment, plans),
+            "beam search": lambda: _plan_policy(experiment, max_batch=NUM_EPISODES.value),
         }
         seeds = stages.reset_seeds(SEED.value, NUM_EPISODES.value)
         episodes, counts = stages.play(experiment, make_env, make_policy[name](), seeds, title=name)
-        observations = np.stack([episode.observations for episode in episodes])  # [E, T + 1, N]: all are equally long
-        return {
+        return {  # all episodes are equally long
             "seconds_per_action": counts["seconds"] / counts["actions"],
             "returns": np.array([episode.total_reward for episode in episodes]),
             "successes": np.array([episode.success for episode in episodes]),
-            "positions": observations[..., :2],
-            "goals": observations[:, 0, 4:6],
-            "plans": np.stack(plans, axis=1) if plans else np.empty(0),  # [E, plans of an episode, H, 2], imagined
+            "observations": np.stack([episode.observations for episode in episodes]),  # [E, T + 1, N]
+            "actions": np.stack([episode.actions for episode in episodes]),
+            "rewards": np.stack([episode.rewards for episode in episodes]),
         }
 
     return stages.once(experiment.workdir / "control" / f"{name.replace(' ', '_')}.npz", play, title=name)
 
 
-def _plan_policy(experiment, plans) -> rollouts.Policy:
-    """Make the policy that plans with the trained model; it appends the positions it imagines to `plans`."""
-    checkpoint = checkpoints.restore(experiment.workdir)
-
-    def note(output):
-        tokens = np.asarray(output.tokens)[..., :2]
-        plans.append(tokenization.decode(checkpoint.tokenizer, tokens, dims=slice(2)).astype(np.float32))
-
-    policy = stages.planner(experiment, checkpoint, seed=SEED.value, max_batch=NUM_EPISODES.value, on_plan=note)
-    plans.clear()  # of the compilation
-    return policy
+def _plan_policy(experiment, **settings) -> rollouts.Policy:
+    """Make the policy that plans with the trained model."""
+    return stages.planner(experiment, checkpoints.restore(experiment.workdir), seed=SEED.value, **settings)
 
 
 def _draw(experiment, played):
-    """Draw the maze with executed trajectories on the left and imagined plans on the right."""
+    """Draw the maze with executed trajectories on the left and imagined plans on the right, and plans as animation."""
     record = played["beam search"]
-    positions, goals = record["positions"], record["goals"]
+    positions, goals = record["observations"][..., :2], record["observations"][:, 0, 4:6]
     longest = int(np.argmax(np.ptp(positions, axis=1).sum(axis=-1)))  # the episode that covers most of the maze
+    moments = drawing.draw_plans(
+        experiment.workdir / "figures" / "plans",
+        rollouts.Episode(
+            seed=stages.reset_seeds(SEED.value, NUM_EPISODES.value)[longest],
+            **{name: list(record[name][longest]) for name in ("observations", "actions", "rewards")},
+        ),
+        checkpoint=checkpoints.restore(experiment.workdir),
+        make_env=make_env,
+        make_policy=functools.partial(_plan_policy, experiment),
+        replan_every=experiment.config.plan.replan_every,
+    )
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes in (left, right):
         figures.draw_maze(axes, make_env().unwrapped.maze)
     figures.draw_trajectories(left, positions[:SHOWN_EPISODES], goals[:SHOWN_EPISODES])
-    left.set_title(f"Beam search: what it did in {len(goals[:SHOWN_EPISODES])} episodes")
+    left.set_title(f"What beam search did in {len(goals[:SHOWN_EPISODES])} episodes")
     figures.draw_trajectories(right, positions[[longest]], goals[[longest]], colours=["0.6"])
-    colours = figures.draw_plans(right, record["plans"][longest], limit=EPISODE_STEPS)
-    figure.colorbar(colours, ax=right, label="environment step at which the plan was made", shrink=0.8)
-    right.set_title("What it imagined: the best plans of one episode")
+    plans, steps = zip(*((moment.beams[0, :, :2], moment.step) for moment in moments), strict=True)
+    colours = figures.draw_plans(right, plans, steps, limit=record["actions"].shape[1])
+    figure.colorbar(colours, ax=right, label="action before which the plan was made", shrink=0.8)
+    right.set_title("What it imagined: best plans of one episode")
     for axes in (left, right):
         figures.add_maze_legend(axes)
     figures.save(figure, experiment.workdir / "figures" / "maze.png")

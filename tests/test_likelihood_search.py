@@ -178,7 +178,7 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
     plan_config = sequence_planner.PlanConfig(
         horizon=case.horizon, window=case.window, context_transitions=case.size, beam_width=5, **case.filters
     )
-    plan_fn = likelihood_search.make_likelihood_plan_fn(config=config, plan_config=plan_config)
+    plan_fn = likelihood_search.make_likelihood_plan_fn(config=config, plan_config=plan_config, keep_beams=True)
     plan_fn = jax.jit(plan_fn)
     num_tokens = case.horizon * SPEC.transition_dim - SPEC.observation_dim
     for seed in range(2):
@@ -204,6 +204,9 @@ def test_cached_searches_equal_those_of_uncached_passes(case):
             np.testing.assert_allclose(plans.scores[env], scores, rtol=1e-5, atol=2e-4)
             expected = np.concatenate([observed[env], tokens[0]]).reshape(case.horizon, -1)
             np.testing.assert_array_equal(plans.tokens[env], expected)
+            beams = np.asarray(plans.beams)[env].reshape(len(tokens), -1)
+            np.testing.assert_array_equal(beams[:, SPEC.observation_dim :], tokens)
+            assert (beams[:, : SPEC.observation_dim] == observed[env]).all()
             actions = expected[:, SPEC.observation_dim : SPEC.observation_dim + SPEC.action_dim]
             dims = slice(SPEC.observation_dim, SPEC.observation_dim + SPEC.action_dim)
             decoded = tokenization.decode(params.discretizer, actions, dims=dims)

@@ -1,13 +1,16 @@
 """Control from the command line: results.json, settings, and the caller's mistakes."""
 
+import dataclasses
 import json
 
 import gymnasium
+import jax
 import numpy as np
 import pytest
 from entry_points import MAZE
+from PIL import Image
 
-from tt_jax import checkpoints, environments
+from tt_jax import checkpoints, environments, tokenization, transformer, types
 
 pytest_plugins = ["entry_fixtures"]
 
@@ -79,6 +82,37 @@ def test_the_number_of_environments_does_not_change_the_episodes(planned, plan, 
         np.testing.assert_allclose(episode.pop("return"), expected["return"], rtol=1e-5)
         np.testing.assert_allclose(episode.pop("normalized_score"), expected["normalized_score"], rtol=1e-5)
         assert episode == {name: expected[name] for name in episode}
+
+
+def check_pictures(folder, num_plans):
+    """Check that each plan is a picture, and that all of them are the animation."""
+    pictures = sorted(folder.glob("plan_*.png"))
+    assert len(pictures) == num_plans
+    with Image.open(folder / "plans.gif") as animation, Image.open(pictures[0]) as picture:
+        assert (animation.n_frames, animation.size) == (num_plans, picture.size)
+
+
+def test_what_the_planner_saw_in_the_first_episode_is_drawn(plan, trained, planned, tmp_path):
+    few = ["--num_envs=2", "--max_episode_steps=3"]
+    results, stdout = run_plan(plan, f"--workdir={trained}", *SMALL, *few, f"--draw={tmp_path}/pictures")
+    assert f"3 plans are drawn in {tmp_path}/pictures and {tmp_path}/pictures/plans.gif" in stdout
+    check_pictures(tmp_path / "pictures", 3)
+    assert len(results["episodes"]) == 3
+
+
+def test_a_body_without_a_map_is_drawn_by_its_dimensions(plan, trained, tmp_path):
+    # A model of the three observations and one action of Pendulum that has learned nothing.
+    learned = checkpoints.restore(trained)
+    spec = types.TransitionSpec(observation_dim=3, action_dim=1, num_bins=20)
+    config = dataclasses.replace(learned.config, spec=spec)
+    run = learned.run | {"data": learned.run["data"] | {"observation_keys": ()}}
+    params = transformer.init(jax.random.key(0), config=config)
+    tokenizer = tokenization.fit(np.random.default_rng(0).uniform(-1, 1, (40, 6)), num_bins=20)
+    copy_checkpoint(trained, tmp_path, params=params, config=config, tokenizer=tokenizer, run=run)
+    few = ["--env=Pendulum-v1", "--max_episode_steps=4", "--plan.replan_every=2", f"--draw={tmp_path}/pictures"]
+    _, stdout = run_plan(plan, f"--workdir={tmp_path}", *SMALL, "--num_episodes=1", *few)
+    check_pictures(tmp_path / "pictures", 2)
+    assert "no images of bodies: " in stdout and not list(tmp_path.glob("pictures/body_*"))
 
 
 @pytest.mark.slow
@@ -154,6 +188,8 @@ def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with
         (["--out=."], "--out=. must name a file, not a folder"),
         (["--out=/dev/null/results.json"], "--out=/dev/null/results.json cannot be written"),
         (["--workdir=empty"], "no checkpoint in"),
+        (["--draw=/dev/null/pictures"], "--draw=/dev/null/pictures cannot be written"),
+        (["--draw=pictures", "--plan.horizon=1"], "--plan.horizon=1 must be at least 2"),
     ],
 )
 def test_mistakes_are_told_in_one_line(plan, trained, arguments, message):

@@ -166,7 +166,12 @@ def test_with_a_beam_for_every_plan_the_brute_force_optimum_is_found(discount):
     )
     root = {"plan": jnp.broadcast_to(jnp.arange(len(all_plans))[None], (num_envs, len(all_plans)))}
     root["place"] = jnp.zeros_like(root["plan"])
-    plans = search(propose, root, params=params, advance_fn=advance, num_expand=1, horizon=horizon, discount=discount)
+    settings = {"advance_fn": advance, "num_expand": 1, "horizon": horizon, "discount": discount}
+    plans = search(propose, root, params=params, **settings)
+    with_beams = search(propose, root, params=params, **settings, keep_beams=True)
+    assert plans.beams is None
+    chex.assert_trees_all_equal(with_beams.replace(beams=None), plans)
+    np.testing.assert_array_equal(with_beams.beams[:, 0], plans.tokens)
 
     for env in range(num_envs):
         totals = []
@@ -178,6 +183,7 @@ def test_with_a_beam_for_every_plan_the_brute_force_optimum_is_found(discount):
             totals.append(total + discount**horizon * values[env, place])
         np.testing.assert_array_equal(plans.actions[env, :, 0], all_plans[np.argmax(totals)])
         np.testing.assert_allclose(plans.scores[env], np.sort(totals)[::-1], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(with_beams.beams[env, ..., 0], all_plans[np.argsort(totals)[::-1]])
 
 
 def test_among_equals_the_lower_index_goes_on_so_that_beams_fan_out_over_all_plans():

@@ -56,6 +56,9 @@ def test_the_run_leaves_data_model_results_and_figures(finished):
     assert (workdir / "datasets" / "tt" / "pointmaze" / "quickstart-v0").is_dir()
     for name in ("learning_curve.png", "maze.png"):
         assert (workdir / "figures" / name).read_bytes().startswith(b"\x89PNG")
+    animation = workdir / "figures" / "plans" / "plans.gif"
+    assert animation.read_bytes().startswith(b"GIF89a") and animation.stat().st_size < 1_000_000
+    assert "figures/plans/plans.gif" in done.stdout
     results = json.loads((workdir / "results.json").read_text())
     assert results["data"]["transitions"] == 240 and results["data"]["episodes"] == 4
     assert list(results["policies"]) == ["random", "behaviour", "behaviour without noise", "beam search"]
@@ -73,12 +76,9 @@ def test_all_policies_play_the_same_episodes(finished):
     records = [np.load(path) for path in sorted((workdir / "control").glob("*.npz"))]
     assert len(records) == 4
     for record in records:
-        np.testing.assert_array_equal(record["positions"][:, 0], records[0]["positions"][:, 0])
-        np.testing.assert_array_equal(record["goals"], records[0]["goals"])
-        assert record["positions"].shape == (2, 61, 2)
-    plans = np.load(workdir / "control" / "beam_search.npz")["plans"]
-    assert plans.shape == (2, 20, 10, 2)  # a plan of 10 steps after every third of 60 actions
-    assert np.abs(plans).max() < 1.5  # inside the maze
+        np.testing.assert_array_equal(record["observations"][:, 0], records[0]["observations"][:, 0])
+        assert record["observations"].shape == (2, 61, 6) and record["actions"].shape == (2, 60, 2)
+        np.testing.assert_allclose(record["rewards"].sum(axis=1), record["returns"], rtol=1e-12)
 
 
 def test_the_checkpoint_brings_the_environment_back(finished):
@@ -90,7 +90,7 @@ def test_the_checkpoint_brings_the_environment_back(finished):
     assert earlier.spec == env.spec
     observation, _ = env.reset(seed=0)
     played = np.load(workdir / "control" / "random.npz")
-    np.testing.assert_allclose(observation["desired_goal"], played["goals"][0], rtol=1e-6)
+    np.testing.assert_allclose(observation["desired_goal"], played["observations"][0, 0, 4:6], rtol=1e-6)
     rewards = []
     truncated = False
     while not truncated:

@@ -22,13 +22,13 @@ class _State(NamedTuple):
 
 
 def make_likelihood_plan_fn(
-    *, config: transformer.TransformerConfig, plan_config: sequence_planner.PlanConfig
+    *, config: transformer.TransformerConfig, plan_config: sequence_planner.PlanConfig, keep_beams: bool = False
 ) -> Callable[[sequence_planner.PlannerParams, chex.PRNGKey, types.Context, chex.Array], types.PlanOutput]:
     """Return plan_fn(params: PlannerParams, rng_key [B], context, observation [B, N] float32) -> PlanOutput.
 
     The plan is the most likely sequence of `plan_config.horizon` transitions that begins with the observation, as
     `make_search_fn` finds it; scores are log-likelihoods. Nothing is drawn: `rng_key` is there because every plan_fn
-    has one.
+    has one. `keep_beams` asks for the tokens of all final beams; those scored -inf stand for nothing.
     """
     spec, horizon = config.spec, plan_config.horizon
     num_tokens = horizon * spec.transition_dim - spec.observation_dim
@@ -37,11 +37,19 @@ def make_likelihood_plan_fn(
     def plan_fn(params, rng_key, context, observation):
         del rng_key
         tokens, scores = search_fn(params, context, observation)
-        observed = sequence_planner.encode_observation(params, observation, spec=spec)
-        tokens = jnp.concatenate([observed, tokens[:, 0]], axis=-1).reshape(-1, horizon, spec.transition_dim)
+        tokens = tokens if keep_beams else tokens[:, :1]
+        observed = sequence_planner.encode_observation(params, observation, spec=spec)[:, None]
+        observed = jnp.broadcast_to(observed, (*tokens.shape[:2], spec.observation_dim))
+        beams = jnp.concatenate([observed, tokens], axis=-1).reshape(*tokens.shape[:2], horizon, spec.transition_dim)
         dims = slice(spec.observation_dim, spec.observation_dim + spec.action_dim)
-        actions = tokenization.decode(params.discretizer, tokens[..., dims], dims=dims)
-        return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores)
+        actions = tokenization.decode(params.discretizer, beams[:, 0, :, dims], dims=dims)
+        return types.PlanOutput(
+            action=actions[:, 0],
+            actions=actions,
+            tokens=beams[:, 0],
+            scores=scores,
+            beams=beams if keep_beams else None,
+        )
 
     return plan_fn
 

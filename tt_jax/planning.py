@@ -118,6 +118,7 @@ def beam_plan(
     num_expand: int,
     discount: float,
     num_elites: int = 1,
+    keep_beams: bool = False,
 ) -> types.PlanOutput:
     """Search for the action sequence with the best score and return it, or the mean of the `num_elites` best.
 
@@ -126,6 +127,7 @@ def beam_plan(
     `score_fn(params, returns [B, W], proposal, step) -> [B, W, K]` go on, the lower index first among equals; the
     default is `score_by_value(discount)`. `returns` are the rewards before this step, discounted per step in [0, 1].
     A beam whose episode has ended contributes one candidate, which keeps its return, and gets no further reward.
+    With `keep_beams` the output holds the tokens of all final beams; those scored -inf stand for nothing.
     Raises ValueError for a number below 1, or more elites than beams.
     """
     if horizon < 1 or beam_width < 1 or num_expand < 1:
@@ -158,15 +160,24 @@ def beam_plan(
 
     is_plan = jnp.isfinite(scores[-1][:, :num_elites, None]).at[:, 0].set(True)  # with few candidates there are fewer
 
-    def trace_back(index, picked):  # index [B, num_elites]: where the best plans stood among the beams after a step
-        step_beam, step_action, step_tokens = picked
-        mean_action = jnp.mean(take_beams(step_action, index), axis=1, where=is_plan)
-        return take_beams(step_beam, index), (mean_action, take_beams(step_tokens, index)[:, 0])
+    num_traced = beam_width if keep_beams else num_elites
+    num_kept = beam_width if keep_beams else 1
 
-    best = jnp.broadcast_to(jnp.arange(num_elites, dtype=beam.dtype), (num_envs, num_elites))
+    def trace_back(index, picked):  # index [B, num_traced]: where the best plans stood among the beams after a step
+        step_beam, step_action, step_tokens = picked
+        mean_action = jnp.mean(take_beams(step_action, index[:, :num_elites]), axis=1, where=is_plan)
+        return take_beams(step_beam, index), (mean_action, take_beams(step_tokens, index)[:, :num_kept])
+
+    best = jnp.broadcast_to(jnp.arange(num_traced, dtype=beam.dtype), (num_envs, num_traced))
     _, (actions, tokens) = jax.lax.scan(trace_back, best, (beam, action, tokens), reverse=True)
-    actions, tokens = actions.swapaxes(0, 1), tokens.swapaxes(0, 1)  # [B, H, ...]
-    return types.PlanOutput(action=actions[:, 0], actions=actions, tokens=tokens, scores=scores[-1])
+    actions, beams = actions.swapaxes(0, 1), jnp.moveaxis(tokens, 0, 2)  # [B, H, A], [B, num_kept, H, D]
+    return types.PlanOutput(
+        action=actions[:, 0],
+        actions=actions,
+        tokens=beams[:, 0],
+        scores=scores[-1],
+        beams=beams if keep_beams else None,
+    )
 
 
 def sample_plans(

@@ -169,6 +169,7 @@ def make_plan_fn(
     score_fn: Callable[..., chex.Array] | None = None,
     reward_fn: Callable[..., chex.Array] | None = None,
     draw_fn: Callable[..., chex.Array] | None = None,
+    keep_beams: bool = False,
 ) -> Callable[[PlannerParams, chex.PRNGKey, types.Context, chex.Array], types.PlanOutput]:
     """Return plan_fn(params: PlannerParams, rng_key [B], context, observation [B, N] float32) -> PlanOutput.
 
@@ -176,6 +177,7 @@ def make_plan_fn(
     replaces the score by predicted returns, and `reward_fn(params, reward)` brings predicted rewards to the score's
     units; `guide_by_q` makes both for a Q-function. `draw_fn(rng_key [B], logits [B, W(, K), V + 1], call_index)`
     replaces sampling from the filtered logits; calls are counted over the plan, one per token of a transition.
+    `keep_beams` asks for the tokens of all final beams.
 
     Raises ValueError if the window is longer than the model can read.
     """
@@ -193,6 +195,7 @@ def make_plan_fn(
             num_expand=plan_config.num_expand,
             num_elites=plan_config.num_elites,
             discount=plan_config.discount,
+            keep_beams=keep_beams,
         )
 
     return plan_fn

@@ -81,6 +81,7 @@ class PlanOutput:
     actions: chex.Array  # [B, H, A] float32
     tokens: chex.Array  # [B, H, D] int32, of the best plan
     scores: chex.Array  # [B, W] float32, of the final beams, descending
+    beams: chex.Array | None = None  # [B, W, H, D] int32, tokens of all final beams in this order, if asked for
 
 
 Params = Any  # nested dict of arrays

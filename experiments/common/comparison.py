@@ -151,7 +151,7 @@ def _draw_paths(experiment, played, data):
         colours = figures.draw_values(axes, maze, data.observations[:, :2], values)
         figures.draw_maze(axes, maze)
         paths, successes = records[0]["positions"][:SHOWN_EPISODES], records[0]["successes"][:SHOWN_EPISODES]
-        line_colours = ["white" if success else "tab:red" for success in successes]
+        line_colours = ["white" if success else figures.VERMILION for success in successes]
         figures.draw_trajectories(axes, paths, [goal] * len(paths), colours=line_colours)
         share = np.mean([record["successes"].mean() for record in records])
         axes.set_title(f"{METHODS[name]}: {100 * share:.0f}% reach the goal")

@@ -76,16 +76,18 @@ def plan_policy(
     max_batch: int,
     learners: types.Params | None = None,
     by_likelihood: bool = False,
+    keep_beams: bool = False,
     on_plan: Callable[[types.PlanOutput], None] = lambda output: None,
 ) -> rollouts.Policy:
     """Make the policy that plans with a trained model, compiled; with `learners`, stacked, IQL's Q guides it.
 
     `by_likelihood` it imitates, or goes to the goal that the environment set if the model was trained with goals.
-    `on_plan` sees what each call of the planner returns.
+    `on_plan` sees what each call of the planner returns, with `keep_beams` the tokens of all final beams, too.
     """
     make_plan_fn = likelihood_search.make_likelihood_plan_fn if by_likelihood else sequence_planner.make_plan_fn
     guidance = sequence_planner.guide_by_q(discount=plan_config.discount) if learners else {}
-    plan_fn = jax.jit(make_plan_fn(config=checkpoint.config, plan_config=plan_config, **guidance))
+    settings = {"config": checkpoint.config, "plan_config": plan_config, "keep_beams": keep_beams}
+    plan_fn = jax.jit(make_plan_fn(**settings, **guidance))
 
     def noted_plan_fn(*arguments):
         output = plan_fn(*arguments)
