@@ -3,12 +3,15 @@
 A maze is drawn as its map, any other environment as one panel per dimension; of MuJoCo's bodies there are images, too.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 
 import gymnasium
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 from absl import logging
 from PIL import Image
@@ -18,6 +21,7 @@ from tt_jax import checkpoints, rollouts, tokenization
 
 MAX_MOMENTS = 20
 MAX_PANELS = 12  # of a body, the one of the reward among them
+MIN_SPAN = 0.2  # of a panel, as a share of what the dimension spans in the whole episode
 STRIP_IMAGES = 6  # of a body, from the present to the horizon
 FRAME_MS = 400
 MAX_SPEED = 10.0  # to which some of MuJoCo's environments clip what they say of speeds
@@ -82,11 +86,11 @@ def draw_plans(
     envs.close()
     colours = _score_colours(moments)
     if maze is None:
-        panels = _panels(episode, moments, body)
+        panels = _panels(episode, checkpoint.config.spec.transition_dim - 2, body)
     paths = []
     for moment in moments:
         if maze is None:
-            figure = _draw_dimensions(moment, episode, panels, colours, score_name)
+            figure = _draw_dimensions(moment, panels, colours, score_name)
         else:
             figure = _draw_map(moment, path, maze, columns, colours, score_name)
         paths.append(folder / f"plan_{moment.step:04d}.png")
@@ -160,74 +164,69 @@ def _draw_map(moment, path, maze, columns, colours, score_name):
     figure = matplotlib.figure.Figure(figsize=(7.5, 7), layout="constrained")
     axes = figure.subplots()
     figures.draw_maze(axes, maze)
-    lines = moment.beams[:, :, columns]
-    figures.draw_beams(axes, lines, moment.scores - moment.scores[0], colours)
-    step, num_beams, horizon = moment.step, *lines.shape[:2]
-    axes.plot(*path[step : step + horizon].T, label="what then happened", **figures.HAPPENED)
+    figures.draw_beams(axes, moment.beams[:, :, columns], moment.scores - moment.scores[0], colours)
+    step = moment.step
+    axes.plot(*path[step : step + moment.beams.shape[1]].T, label="what then happened", **figures.HAPPENED)
     axes.plot(*path[: step + 1].T, label="way so far", **figures.EXECUTED)
     axes.plot(*path[step], label="now", **figures.NOW)
     if moment.goal is not None:
         axes.plot(*moment.goal, label="goal", color=figures.YELLOW, **figures.GOAL)
-    axes.set_title(f"step {step} of {len(path) - 1}: the {num_beams} plans that beam search ends with")
-    _finish(figure, axes, colours, score_name)
+    _finish(figure, axes, moment, len(path) - 1, colours, score_name)
     return figure
 
 
-def _finish(figure, axes, colours, score_name):
-    figure.suptitle("What the planner imagines, and what then happens", fontweight="bold")
+def _panels(episode, reward_column, body):
+    """List what a body's panels show: a title with units, the column of plans, and the real values of the episode."""
+    observed = np.array(episode.observations)
+    names = [f"observation {i}" for i in range(observed.shape[1])]
+    if body is not None:
+        names[: len(body.names)] = body.names
+    panels = [(names[i], i, observed[:, i]) for i in range(min(len(names), MAX_PANELS - 1))]
+    return [*panels, ("reward", reward_column, np.array(episode.rewards))]
+
+
+def _draw_dimensions(moment, panels, colours, score_name):
+    """Draw a panel per dimension: all beams over the planned steps, the span of them, and what happened."""
+    num_columns = min(4, len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = matplotlib.figure.Figure(figsize=(3 * num_columns + 1, 2.2 * num_rows + 1.8), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    ahead = np.arange(moment.beams.shape[1])
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, (name, column, real) in zip(grid.flat, panels, strict=False):
+        values = moment.beams[:, :, column]
+        axes.fill_between(ahead, values.min(axis=0), values.max(axis=0), color=figures.SPAN, linewidth=0)
+        lines = np.stack([np.broadcast_to(ahead, values.shape), values], axis=-1)
+        figures.draw_beams(axes, lines, moment.scores - moment.scores[0], colours)
+        happened = real[moment.step : moment.step + len(ahead)]
+        axes.plot(ahead[: len(happened)], happened, label="what then happened", **figures.HAPPENED)
+        shown = np.append(happened, values)
+        span = max(np.ptp(shown), MIN_SPAN * np.ptp(real)) or 1.0  # noise of a dimension at rest stays small
+        middle = (shown.max() + shown.min()) / 2
+        axes.set(title=name, xlim=(0, ahead[-1]), ylim=(middle - 0.55 * span, middle + 0.55 * span))
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    for axes in grid[-1]:
+        axes.set_xlabel("steps ahead")
+    _finish(figure, grid, moment, len(panels[-1][2]), colours, score_name)
+    return figure
+
+
+def _finish(figure, axes, moment, num_steps, colours, score_name):
+    """Add title, colour bar and legend."""
+    figure.suptitle(
+        "What the planner imagines, and what then happens\n"
+        f"step {moment.step} of {num_steps}: the {len(moment.beams)} plans that the search ends with"
+    )
     figure.colorbar(colours, ax=axes, label=f"{score_name} (best plan: 0)", shrink=0.8, extend="min")
     handles, labels = np.ravel(axes)[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
 
 
-def _panels(episode, moments, body):
-    """List what a body's panels show: a title with units, the column of a plan, real values and limits."""
-    num_dims = len(episode.observations[0])
-    names = [f"observation {i}" for i in range(num_dims)]
-    if body is not None:
-        names[: len(body.names)] = body.names
-    observed = np.array(episode.observations)
-    reward_column = moments[0].beams.shape[-1] - 2
-    shown = [(names[i], i, observed[:, i]) for i in range(min(num_dims, MAX_PANELS - 1))]
-    shown.append(("reward", reward_column, np.array(episode.rewards)))
-    panels = []
-    for name, column, real in shown:
-        imagined = np.concatenate([np.ravel(moment.beams[..., column]) for moment in moments])
-        low, high = np.percentile(np.concatenate([imagined, real]), [0.5, 99.5])
-        margin = 0.05 * (high - low) or 1.0
-        panels.append((name, column, real, (low - margin, high + margin)))
-    return panels
-
-
-def _draw_dimensions(moment, episode, panels, colours, score_name):
-    """Draw a panel per dimension: all beams over the planned steps, the span of them, and what happened."""
-    num_columns = min(4, len(panels))
-    num_rows = -(-len(panels) // num_columns)
-    figure = matplotlib.figure.Figure(figsize=(3.2 * num_columns + 1, 2.3 * num_rows + 1.4), layout="constrained")
-    grid = figure.subplots(num_rows, num_columns, squeeze=False, sharex=True)
-    num_beams, horizon = moment.beams.shape[:2]
-    ahead = np.arange(horizon)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    for axes, (name, column, real, limits) in zip(grid.flat, panels, strict=False):
-        values = moment.beams[:, :, column]
-        axes.fill_between(ahead, values.min(axis=0), values.max(axis=0), color=figures.SPAN, linewidth=0)
-        lines = np.stack([np.broadcast_to(ahead, values.shape), values], axis=-1)
-        figures.draw_beams(axes, lines, moment.scores - moment.scores[0], colours)
-        happened = real[moment.step : moment.step + horizon]
-        axes.plot(ahead[: len(happened)], happened, label="what then happened", **figures.HAPPENED)
-        axes.set(title=name, xlim=(0, horizon - 1), ylim=limits)
-        axes.title.set_fontsize("medium")
-    where = f"step {moment.step} of {episode.length}"
-    figure.supxlabel(f"steps after {where}: the {num_beams} plans that beam search ends with", fontsize="medium")
-    _finish(figure, grid, colours, score_name)
-    return figure
-
-
 def _write_gif(path, frame_paths):
     """Put PNG files of the same size one after the other, in colours that all of them share."""
     frames = [Image.open(each).convert("RGB") for each in frame_paths]
-    palette = frames[len(frames) // 2].quantize(128, dither=Image.Dither.NONE)
+    palette = frames[len(frames) // 2].quantize(256, method=Image.Quantize.MAXCOVERAGE)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     durations = [FRAME_MS] * (len(frames) - 1) + [3 * FRAME_MS]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
@@ -273,11 +272,11 @@ def _draw_bodies(folder, moments: Sequence[Moment], body, make_env):
         logging.info("no images of bodies: the environment's observations do not say all of a MuJoCo state")
         return
     try:
-        env = make_env(render_mode="rgb_array")
-        env.reset(seed=0)
-        for moment in moments:
-            figures.save(_draw_strip(moment, body, env.unwrapped), folder / f"body_{moment.step:04d}.png")
-        env.close()
+        with warnings.catch_warnings(), contextlib.closing(make_env(render_mode="rgb_array")) as env:
+            warnings.simplefilter("ignore")  # of a display that is not there; the error says so, too
+            env.reset(seed=0)
+            for moment in moments:
+                figures.save(_draw_strip(moment, body, env.unwrapped), folder / f"body_{moment.step:04d}.png")
     except Exception as error:  # drivers and rendering backends raise whatever they like
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         logging.info("no images of bodies: they need a display or MUJOCO_GL=egl or osmesa (%s)", reason)
@@ -298,7 +297,7 @@ def _draw_strip(moment, body, env):
         "imagined": [(positions[i], speeds[i]) for i in steps],
         "real": [(body.positions[moment.step + i], body.speeds[moment.step + i]) for i in steps],
     }
-    figure = matplotlib.figure.Figure(figsize=(2.0 * len(steps) + 0.4, 4.8), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(1.7 * len(steps) + 0.4, 4.2), layout="constrained")
     grid = figure.subplots(2, len(steps), squeeze=False)
     for axes_row, (name, states) in zip(grid, rows.items(), strict=True):
         axes_row[0].set_ylabel(name)
@@ -308,5 +307,5 @@ def _draw_strip(moment, body, env):
             axes.set(xticks=[], yticks=[])
             if axes in grid[0]:
                 axes.set_title(f"{1000 * body.seconds * step:.0f} ms")
-    figure.suptitle(f"The best plan of action {moment.step} over what happened", fontweight="bold")
+    figure.suptitle(f"The best plan of step {moment.step}, and what then happened")
     return figure

@@ -56,7 +56,7 @@ def draw_learning_curve(axes: matplotlib.axes.Axes, workdir: str | pathlib.Path)
     axes.set(xlabel="training step", ylabel="cross-entropy per token (nats)", title="Learning curve")
     axes.set_ylim(bottom=0.0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", ncols=3, fontsize="small")
 
 
 def draw_maze(axes: matplotlib.axes.Axes, maze) -> None:
@@ -128,7 +128,7 @@ def draw_beams(
     others = matplotlib.collections.LineCollection(lines[:0:-1], colors=rgba[:0:-1], linewidths=1.8, zorder=2)
     axes.add_collection(others)
     axes.plot(*lines[0].T, "-o", color=rgba[0], linewidth=2.5, markersize=5, zorder=2.5, label="imagined: best plan")
-    axes.plot([], [], color=rgba[-1], linewidth=1.8, label="other plans")
+    axes.plot([], [], color=colours.to_rgba(colours.norm.vmin / 2), linewidth=1.8, label="other plans")
 
 
 def draw_plans(
