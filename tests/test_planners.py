@@ -1,6 +1,7 @@
 """Planners by name, and policies that plan from where their last plan ended."""
 
 import sys
+import types
 
 import gymnasium
 import jax
@@ -54,8 +55,11 @@ def test_a_policy_goes_on_from_its_last_plan_of_each_episode():
 
 
 def test_what_a_planner_cannot_do_is_told(monkeypatch):
-    box, discrete = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(3)
-    settings = {"config": ONE_LAYER, "plan_config": PLAN_CONFIG, "action_space": box, "guided": False}
+    box, discrete = (
+        types.SimpleNamespace(single_observation_space=gymnasium.spaces.Box(-1, 1, (2,)), single_action_space=space)
+        for space in (gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(3))
+    )
+    settings = {"config": ONE_LAYER, "plan_config": PLAN_CONFIG, "envs": box, "guided": False}
     for name, planner in planners.PLANNERS.items():
         planners.check(name, **settings)
         if planner.takes_q:
@@ -67,6 +71,6 @@ def test_what_a_planner_cannot_do_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "mctx", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r"--planner=tree needs mctx: pip install -e '.\[mctx\]'."):
         planners.check("tree", **settings)
-    planners.check("shoot", **settings | {"action_space": discrete})
+    planners.check("shoot", **settings | {"envs": discrete})
     with pytest.raises(ValueError, match="--planner=cem draws around a mean, which discrete actions have not"):
-        planners.check("cem", **settings | {"action_space": discrete})
+        planners.check("cem", **settings | {"envs": discrete})

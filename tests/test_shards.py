@@ -141,6 +141,8 @@ def test_a_run_on_four_shards_has_the_losses_of_a_plain_loop(tmp_path, preemptio
             evaluate=None,
             describe=lambda metrics, rate: "",
             work_per_step={},
+            step_sizes="some windows",
+            memory_settings="take fewer",
             preemption=preemption,
         )
 
