@@ -11,7 +11,7 @@ README = ROOT / "README.md"
 
 # gymnasium-robotics 1.4 cannot make its kitchen, Fetch and hand environments with mujoco from 3.12 on.
 ENVS = ["gymnasium[mujoco]>=1.2,<2", "gymnasium-robotics>=1.4,<2", "mujoco>=3.3,<3.12"]
-PLOTS = ["matplotlib>=3.10,<4", "imageio>=2.37,<3"]
+PLOTS = ["matplotlib>=3.10.7,<4", "imageio>=2.37,<3"]
 LOGGING = ["tensorboardX>=2.6.4,<3"]
 MCTX = ["mctx>=0.0.71,<0.1"]  # tree search
 
