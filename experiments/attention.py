@@ -7,12 +7,10 @@ the numbers (_shares.png): shares of attention per head beside those of uniform 
 the loss per kind when older transitions, past actions or past observations are hidden.
 """
 
-import pathlib
-
 import jax
 import numpy as np
 
-from experiments.common import attention_report, entry, held_out, run_flags
+from experiments.common import attention_report, control, entry, held_out, run_flags
 from tt_jax import transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
@@ -21,6 +19,7 @@ OUT = run_flags.out(default="attention.json")
 
 
 def main(_):
+    path = control.result_file(OUT.value)
     run = held_out.load(WORKDIR.value)
     store, config = run.data.held_out, run.checkpoint.config
     ids = held_out.window_ids(store, count=NUM_WINDOWS.value, max_transitions=config.max_transitions)
@@ -46,7 +45,6 @@ def main(_):
         "commit": entry.commit_id(),
         "run": run.checkpoint.run,
     }
-    path = pathlib.Path(OUT.value)
     entry.write_json(path, found)
     np.savez_compressed(path.with_suffix(".npz"), maps=maps)  # [L, H, T, T]
     figures = [path.with_suffix(".png"), path.with_name(f"{path.stem}_shares.png")]

@@ -7,13 +7,12 @@ JSON and a figure of the same name.
 """
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import tqdm
 
-from experiments.common import entry, held_out, likelihood, run_flags
+from experiments.common import control, entry, held_out, likelihood, run_flags
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 NUM_WINDOWS = run_flags.num_windows(default=2048)
@@ -21,6 +20,7 @@ OUT = run_flags.out(default="evaluation.json")
 
 
 def main(_):
+    path = control.result_file(OUT.value)
     run = held_out.load(WORKDIR.value)
     store, config = run.data.held_out, run.checkpoint.config
     ids = held_out.window_ids(store, count=NUM_WINDOWS.value)
@@ -34,7 +34,6 @@ def main(_):
     found = likelihood.summarize(scores, held_out.episodes_of(store, ids), run)
     found = {"dataset": run.checkpoint.run["dataset"], "checkpoint_step": run.checkpoint.step} | found
     settings = {"workdir": WORKDIR.value, "num_windows": NUM_WINDOWS.value}
-    path = pathlib.Path(OUT.value)
     entry.write_json(path, found | {"commit": entry.commit_id(), "settings": settings, "run": run.checkpoint.run})
     likelihood.draw(found, path.with_suffix(".png"))
     print(*likelihood.table(found), f"numbers: {path}", f"figure: {path.with_suffix('.png')}", sep="\n")

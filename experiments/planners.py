@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
 
 import jax
 from absl import flags, logging
@@ -59,7 +58,7 @@ def main(_):
     )
     envs = control.vectorize(study.make_env, 1, spec=checkpoint.config.spec, config=study.data_config)
     cells = planner_study.cells(plan_config, _pairs(study, envs))
-    out, settings = pathlib.Path(OUT.value), _settings(study)
+    out, settings = control.result_file(OUT.value), _settings(study)
     results = json.loads(out.read_text()) if out.exists() else {"settings": settings, "studies": {}}
     if results["settings"] != settings:
         raise entry.UsageError(f"--out={out} holds results with other settings; use another file.")

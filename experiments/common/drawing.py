@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from experiments.common import datasets, figures
+from experiments.common import datasets, entry, figures
 from tt_jax import checkpoints, rollouts, tokenization
 
 MAX_MOMENTS = 20
@@ -54,10 +54,7 @@ def check(folder: str, *, horizon: int) -> None:
         raise ValueError(
             f"--plan.horizon={horizon} must be at least 2 for --draw: a plan of one step imagines no observation."
         )
-    try:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--draw={folder} cannot be written: {error}.") from error
+    entry.make_folder(folder, flag="draw")
 
 
 def draw_plans(

@@ -40,7 +40,6 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     entry.check_alone()
     entry.hold(workdir)
     config.seed, config.dataset = seed, dataset or config.dataset
-    entry.make_folder(workdir, flag="workdir")
     return Experiment(config, pathlib.Path(workdir), preemption)
 
 
