@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 from absl import flags, logging
 
-from experiments.common import entry, recording, run_flags, waypoint_controller
+from experiments.common import entry, recording, run_flags, signals, waypoint_controller
 from tt_jax import environments
 
 ENV = flags.DEFINE_string("env", "PointMaze_UMaze-v3", "Point maze of gymnasium-robotics.")
@@ -26,7 +26,7 @@ OVERWRITE = run_flags.overwrite()
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     entry.check_alone()
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
     if not ENV.value.startswith("PointMaze_"):

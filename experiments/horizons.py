@@ -23,6 +23,7 @@ from experiments.common import (
     open_loop_report,
     open_loop_run,
     run_flags,
+    signals,
     stages,
 )
 from tt_jax import densities, trajectories
@@ -38,7 +39,7 @@ HIDDEN_DIMS = flags.DEFINE_list(
 
 
 def main(_):
-    preemption, workdir = entry.Preemption(), WORKDIR.value
+    preemption, workdir = signals.Preemption(), WORKDIR.value
     if CONFIG.value and HIDDEN_DIMS.value:
         CONFIG.value.data.hidden_dims = _hidden_dims(CONFIG.value, DATASET.value)
     config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=workdir)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import control, datasets, entry, environment_check, planners, run_flags
+from experiments.common import control, datasets, entry, environment_check, planners, run_flags, signals
 from tt_jax import action_planner, checkpoints, minari_files, rollouts, sequence_planner
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
@@ -44,7 +44,7 @@ SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 def main(_):
     _check_references()
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)[jax.process_index() :: jax.process_count()]
     if NUM_EPISODES.value < jax.process_count():
         raise ValueError(f"--num_episodes={NUM_EPISODES.value} must be at least the {jax.process_count()} processes.")

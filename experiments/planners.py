@@ -20,7 +20,7 @@ import json
 import jax
 from absl import flags, logging
 
-from experiments.common import control, datasets, entry, planner_figures, planner_study, planners, run_flags
+from experiments.common import control, datasets, entry, planner_figures, planner_study, planners, run_flags, signals
 from tt_jax import action_planner, minari_files, sequence_planner
 
 WORKDIR, IQL_WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.iql_workdir()
@@ -40,7 +40,7 @@ SETTINGS = (WORKDIR, IQL_WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, ENV, TRUST, MAX_
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     overrides = {"replan_every": 1} | run_flags.given(PLAN)
     checkpoint, learners, plan_config = control.restore_planner(WORKDIR.value, IQL_WORKDIR.value, overrides)
     run, environment = checkpoint.run, {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}

@@ -12,7 +12,7 @@ import time
 import jax
 from absl import flags
 
-from experiments.common import baselines, control, datasets, entry, run_flags
+from experiments.common import baselines, control, datasets, entry, run_flags, signals
 from tt_jax import minari_files
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
@@ -26,7 +26,7 @@ SETTINGS = (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, LEARNER, ENV, TRUST)
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     checkpoint = baselines.restore(WORKDIR.value)
     run, num_envs = checkpoint.run, min(NUM_ENVS.value, NUM_EPISODES.value)
     policies = baselines.make_policies(checkpoint, learner=LEARNER.value, max_batch=num_envs)

@@ -8,7 +8,7 @@ Settings are --config.baselines.METHOD.FIELD. `python -m experiments.play --work
 
 from absl import flags
 
-from experiments.common import baselines, entry, run_flags, settings
+from experiments.common import baselines, entry, run_flags, settings, signals
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
@@ -17,7 +17,7 @@ METHOD = flags.DEFINE_enum("method", None, list(baselines.BASELINES), "What to t
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     config = CONFIG.value
     if config and NUM_SEEDS.value:
         config.baselines[METHOD.value].train.num_seeds = NUM_SEEDS.value

@@ -6,7 +6,7 @@ Learner i has the seed config.seed + i. A checkpoint holds the learners' paramet
 without one where there is one seed. With `--config.iql.temperature=0` the policy is behaviour cloning.
 """
 
-from experiments.common import entry, iql_run, run_flags, settings
+from experiments.common import entry, iql_run, run_flags, settings, signals
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD = run_flags.workdir(), run_flags.download()
@@ -14,7 +14,7 @@ NUM_SEEDS = run_flags.num_seeds(default=None)
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     config = settings.checked(CONFIG.value)
     if config and NUM_SEEDS.value:
         config.iql_train.num_seeds = NUM_SEEDS.value

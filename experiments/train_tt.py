@@ -4,14 +4,14 @@ python -m experiments.train_tt --dataset=ID --workdir=DIR [--config=experiments/
     [--minutes=8]  # train for that long on this machine, with the schedule fitted to it
 """
 
-from experiments.common import entry, run_flags, settings, transformer_run
+from experiments.common import entry, run_flags, settings, signals, transformer_run
 
 CONFIG, DATASET = run_flags.config("dataset"), run_flags.dataset()
 WORKDIR, DOWNLOAD, MINUTES = run_flags.workdir(), run_flags.download(), run_flags.minutes()
 
 
 def main(_):
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     config = entry.resolve_config(settings.checked(CONFIG.value), dataset=DATASET.value, workdir=WORKDIR.value)
     choice = {"download": DOWNLOAD.value, "minutes": MINUTES.value}
     transformer_run.train(config, WORKDIR.value, preemption=preemption, **choice)

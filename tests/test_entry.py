@@ -23,7 +23,7 @@ PROGRAM = """
 import time
 from absl import flags
 from ml_collections import config_flags
-from experiments.common import entry, metrics
+from experiments.common import entry, metrics, signals
 
 CONFIG = config_flags.DEFINE_config_file("config")
 MODE = flags.DEFINE_string("mode", "return", "What to do.")
@@ -38,12 +38,12 @@ def main(_):
     if MODE.value == "bug":
         raise KeyError("unforeseen")
     if MODE.value in ("hang", "busy"):
-        preemption = entry.Preemption()
+        preemption = signals.Preemption()
         print("waiting", flush=True)
         with preemption.doing("a game" if MODE.value == "hang" else None):
             time.sleep(600)
     if MODE.value == "wait":
-        preemption = entry.Preemption()
+        preemption = signals.Preemption()
         print("waiting", flush=True)
         for _ in range(600):
             if preemption.requested():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from entry_points import read_metrics
 
-from experiments.common import agreement, entry, training_loop
+from experiments.common import agreement, entry, signals, training_loop
 from tt_jax import shards, training, trajectories, transformer, types
 
 SPEC = types.TransitionSpec(observation_dim=2, action_dim=1, num_bins=5)
@@ -96,7 +96,7 @@ def test_transitions_are_split_into_nearly_equal_parts():
 @pytest.fixture
 def preemption():
     handlers = {number: signal.getsignal(number) for number in entry.STOP_SIGNALS}
-    yield entry.Preemption()
+    yield signals.Preemption()
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)

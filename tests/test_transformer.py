@@ -11,7 +11,7 @@ import optax
 import pytest
 from transform_checks import check_transforms
 
-from tt_jax import transformer, types
+from tt_jax import dropout, transformer, types
 
 SPEC, CONFIG, DIM = golden.SPEC, golden.CONFIG, golden.SPEC.transition_dim
 GOAL_CONFIG = dataclasses.replace(CONFIG, goal_conditioned=True, reference_goal_mask=True)
@@ -205,9 +205,9 @@ def test_initial_parameters_are_distributed_as_the_reference_s():
 
 
 def test_dropout_drops_26_of_256_and_preserves_the_expectation():
-    dropout = transformer.make_dropout(jax.random.key(0), 64)
+    drop = dropout.make(jax.random.key(0), 64)
     x = jnp.full([64, 999, 7], 3.0)
-    got = np.asarray(dropout(x, 0.1))
+    got = np.asarray(drop(x, 0.1))
     size = got.size
     rate = 26 / 256
     assert abs((got == 0).mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / size)
@@ -216,8 +216,8 @@ def test_dropout_drops_26_of_256_and_preserves_the_expectation():
     assert np.abs(per_place - rate).max() < 6 * np.sqrt(rate * (1 - rate) / 64)
     neighbours = ((got[:, 1:] == 0) & (got[:, :-1] == 0)).mean()
     np.testing.assert_allclose(neighbours, rate**2, rtol=0.1)
-    assert ((got == 0) != (dropout(x, 0.1) == 0)).mean() > rate  # another place in the model, other bits
-    np.testing.assert_array_equal(dropout(x, 0.001), x)
+    assert ((got == 0) != (drop(x, 0.1) == 0)).mean() > rate  # another place in the model, other bits
+    np.testing.assert_array_equal(drop(x, 0.001), x)
 
 
 def test_dropout_bits_of_a_row_do_not_depend_on_the_batch(arrays, params):

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from tt_jax import bc, iql, learners, rollouts, trajectories, transformer, types
+from tt_jax import bc, dropout, iql, learners, rollouts, trajectories, transformer, types
 
 TRAIN = learners.TrainConfig(
     num_steps=100_000, batch_size=64, steps_per_call=100, log_every=500, eval_every=10_000, checkpoint_every=10_000
@@ -81,7 +81,7 @@ class DecisionTransformer(nn.Module):
             precision=jax.lax.Precision.HIGHEST,
             kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # as PyTorch's, +-1/sqrt(in)
         )
-        dropout_fn = transformer.make_dropout(row_keys, size)
+        dropout_fn = dropout.make(row_keys, size)
         time = nn.Embed(config.max_timesteps, config.embed_dim, embedding_init=nn.initializers.normal(1.0), name="time")
         parts = {"return": steps.returns_to_go[..., None], "observation": steps.observations, "action": steps.actions}
         tokens = [dense(config.embed_dim, name=name)(part) + time(steps.timesteps) for name, part in parts.items()]

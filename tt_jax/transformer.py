@@ -11,7 +11,6 @@ What a block attends to is handed to it as a function: the sequence itself here,
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from tt_jax import fused_attention, types
+from tt_jax import dropout, fused_attention, types
 
 _QUERY_BLOCKS = 4  # of causal attention: each reads only the keys up to its end, 5/8 of all pairs
 _ATTENTION = ("auto", "plain", "fused")
@@ -95,7 +94,6 @@ class TransformerConfig:
 
 
 AttendFn = Callable[[chex.Array, chex.Array, chex.Array], tuple[chex.Array, Any]]
-DropoutFn = Callable[[chex.Array, float], chex.Array]
 
 
 class Norm(nn.Module):
@@ -123,7 +121,7 @@ class Block(nn.Module):
         self.qkv, self.projection = _dense(self.config, 3 * embed), _dense(self.config, embed)
         self.mlp_in, self.mlp_out = _dense(self.config, 4 * embed), _dense(self.config, embed)
 
-    def __call__(self, x: chex.Array, attend_fn: AttendFn, dropout_fn: DropoutFn) -> tuple[chex.Array, Any]:
+    def __call__(self, x: chex.Array, attend_fn: AttendFn, dropout_fn: dropout.DropoutFn) -> tuple[chex.Array, Any]:
         """Map x [..., T, E] to the same shape; return it and what `attend_fn` returned second.
 
         `attend_fn(query, key, value)` of [..., H, T, E / H] each, the query scaled, returns the mixed values.
@@ -182,7 +180,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens, goal=None, dropout_key=None, visible=None):
         """Return the logits [B, T, V + 1], and of each layer the attention weights [B, H, G + T, G + T] or None."""
         length, config = tokens.shape[1], self.config
-        dropout_fn = make_dropout(dropout_key, len(tokens))
+        dropout_fn = dropout.make(dropout_key, len(tokens))
         x = self.embed(tokens, np.arange(length) % config.spec.transition_dim, np.arange(length))
         if goal is not None:
             x = jnp.concatenate([self.embed_goal(goal), x], axis=1)
@@ -385,30 +383,6 @@ def _hidden_keys(config, length):
     return (index % config.spec.transition_dim == config.hidden_dim) & (index >= 0)
 
 
-def make_dropout(rng_key: chex.PRNGKey | None, num_rows: int) -> DropoutFn:
-    """Return dropout(x [B, ...], rate), each call of which draws other bits; without a key it is the identity.
-
-    Every row's bits come from that row's key, so they do not depend on how rows are spread over devices. They are
-    drawn packed, one byte each: the rate is rounded to a multiple of 1/256 and the scale follows the rounded rate.
-    """
-    if rng_key is None:
-        return lambda x, rate: x
-    row_keys = rng_key if rng_key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(rng_key, jnp.arange(num_rows))
-    sites = itertools.count()
-
-    def dropout(x, rate):
-        site, dropped = next(sites), round(256 * rate)
-        if dropped == 0:
-            return x
-        size = x[0].size
-        keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, site)
-        words = jax.vmap(lambda key: jax.random.bits(key, [-(-size // 4)], jnp.uint32))(keys)
-        octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(num_rows, -1)[:, :size].reshape(x.shape)
-        return jnp.where(octets >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)
-
-    return dropout
-
-
 def _check_input(tokens, goal, config):
     length = tokens.shape[1]
     if length > config.block_size:
@@ -427,7 +401,7 @@ def attend_causally(
     value: chex.Array,
     *,
     visible: np.ndarray,
-    dropout_fn: DropoutFn,
+    dropout_fn: dropout.DropoutFn,
     config: TransformerConfig,
 ) -> tuple[chex.Array, chex.Array]:
     """Attend within sequences, [B, H, T, E / H] each; return the mixed values and the weights [B, H, T, T].

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments.common import control, entry, learner_run
+from experiments.common import control, entry, learner_run, signals
 from tt_jax import bc, checkpoints, cql, decision_transformer, iql, learners, rollouts
 
 
@@ -41,7 +41,7 @@ BASELINES = {
 }
 
 
-def train(config, workdir, *, method: str, preemption: entry.Preemption, download: bool = False) -> None:
+def train(config, workdir, *, method: str, preemption: signals.Preemption, download: bool = False) -> None:
     """Train as `config` says until the last step; raises entry.Interrupted, after saving, when told to stop."""
     baseline, settings = BASELINES[method], dict(config.baselines[method])
     module = baseline.module

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from experiments.common import entry, stages, training_loop, transformer_run
+from experiments.common import entry, signals, stages, training_loop, transformer_run
 from tt_jax import checkpoints, ensemble, types
 
 VALIDATION = 0.05  # share of the transitions by which the best weights are found
@@ -27,7 +27,7 @@ def train(
     workdir: str,
     transitions: types.Transitions,
     *,
-    preemption: entry.Preemption,
+    preemption: signals.Preemption,
     run: dict,
     **changes,
 ) -> None:
@@ -64,7 +64,7 @@ def train(
 
 
 def train_all(
-    config, workdir: pathlib.Path, transitions: types.Transitions, *, run: dict, preemption: entry.Preemption
+    config, workdir: pathlib.Path, transitions: types.Transitions, *, run: dict, preemption: signals.Preemption
 ) -> dict[str, checkpoints.Checkpoint]:
     """Train, as far as they are not trained yet, the transformer, one with a window of one transition, and networks.
 

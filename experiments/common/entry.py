@@ -1,4 +1,4 @@
-"""What every entry point shares: flags and configurations, one-line errors, exit codes and preemption.
+"""What every entry point shares: flags and configurations, one-line errors and exit codes.
 
     CONFIG = config_flags.DEFINE_config_file("config")
 
@@ -12,7 +12,6 @@ Exit codes: 0 done; 2 the caller's mistake, with one line on stderr; 75 interrup
 1 anything else.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
@@ -20,11 +19,9 @@ import math
 import os
 import pathlib
 import re
-import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 import typing
 from logging import StreamHandler
@@ -46,9 +43,7 @@ ESSENTIAL_FIELDS = ("dataset", "data", "model", "iql", "train.optimizer")
 FREE_FIELDS = ("model.remat", "model.attention")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ANSWER_SECONDS = 3.0  # after a signal, for what may hang
 HEARTBEAT_SECONDS = 30  # without a sign of life another process is lost
-SAME_SIGNAL_SECONDS = 0.5  # two signals in this time are one
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of this SLURM job or TPU pod.")
 _COORDINATOR = flags.DEFINE_string(
@@ -116,19 +111,20 @@ def _exit_code(*functions):
             for function in functions:
                 function()
     except Interrupted as error:
-        return _report(error, INTERRUPTED)
+        return report(error, INTERRUPTED)
     except Exception as error:
         if _is_distributed() and supervision.is_loss(error):
             return supervision.LOST  # the parent says so
         if not isinstance(error, ValueError | Failed | OSError | FloatingPointError):
             raise
-        return _report(error, USAGE if isinstance(error, ValueError) else FAILED)
+        return report(error, USAGE if isinstance(error, ValueError) else FAILED)
     except KeyboardInterrupt:
-        return _report("interrupted; nothing was saved.", FAILED)
+        return report("interrupted; nothing was saved.", FAILED)
     return DONE
 
 
-def _report(error, code):
+def report(error, code):
+    """Print the one line that says what went wrong, and return the exit code."""
     print(f"{pathlib.Path(sys.argv[0]).stem}: {' '.join(str(error).split())}", file=sys.stderr)
     logging.debug("traceback", exc_info=True)
     return code
@@ -148,7 +144,7 @@ def _together(function):
         if code != supervision.LOST or flags.FLAGS.verbosity > 0:
             os.write(2, last_words)
         if code == supervision.LOST:
-            code = _report("another process of this run was lost; start all of them again to go on.", INTERRUPTED)
+            code = report("another process of this run was lost; start all of them again to go on.", INTERRUPTED)
             time.sleep(1)  # so that the launcher first sees the end of one that failed
         os._exit(code)
     try:
@@ -357,65 +353,3 @@ def replace_text(path, text):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-# Running
-
-
-class Preemption:
-    """Notices SIGTERM and Ctrl-C, so that a run can save its state and leave; create it first thing in main.
-
-    A thread is told at once, whatever the main thread waits for. It ends the process when the signal comes a second
-    time, and where nothing answers the first within `ANSWER_SECONDS` while nothing would be saved anyway, see `doing`.
-    """
-
-    def __init__(self):
-        self._noticed = False
-        self._doing, self._since = "the preparation", time.monotonic()
-        reader, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, lambda *_: None)  # Python writes to the pipe before it calls this
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
-
-    def _watch(self, reader):
-        noticed_at = math.inf
-        while True:
-            if select.select([reader], [], [], 0.1 if self._noticed else None)[0]:
-                if os.read(reader, 1)[0] not in STOP_SIGNALS:
-                    continue
-                if time.monotonic() > noticed_at + SAME_SIGNAL_SECONDS:  # a launcher may pass on what all were sent
-                    _leave("told to stop twice; what was saved before stays.", INTERRUPTED)
-                noticed_at, self._noticed = min(noticed_at, time.monotonic()), True
-            elif self._doing and time.monotonic() > max(noticed_at, self._since) + ANSWER_SECONDS:
-                what = f"stopped in {self._doing!r}, which did not answer; the same command does it again."
-                _leave(what, INTERRUPTED)
-
-    @contextlib.contextmanager
-    def doing(self, what: str | None):
-        """Say what is done, None for what answers a signal by itself; anything else may be ended in the middle."""
-        before, self._doing, self._since = self._doing, what, time.monotonic()
-        try:
-            yield
-        finally:
-            self._doing, self._since = before, time.monotonic()
-
-    def requested(self) -> bool:
-        """Whether any process was told to stop; with several, all of them must ask equally often."""
-        if jax.process_count() == 1:
-            return self._noticed
-        return bool(multihost_utils.process_allgather(np.int32(self._noticed)).any())
-
-    def check(self, doing: str) -> None:
-        """Raise Interrupted if this process was told to stop while `doing` what saves nothing before its end."""
-        if self._noticed:
-            raise Interrupted(f"stopped in {doing!r}, which the same command does again.")
-
-
-def _leave(message, code):
-    """End the process, whatever its threads do."""
-    _report(message, code)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, memory, training_loop
+from experiments.common import control, datasets, entry, memory, signals, training_loop
 from tt_jax import data_parallel, environments, learners, rollouts, trajectories, types
 
 
@@ -52,7 +52,7 @@ def run(
     sizes: Sequence[int],
     policy_fn: Callable[[types.Params], rollouts.Policy],
     describe: Callable[[dict[str, np.ndarray]], str],
-    preemption: entry.Preemption,
+    preemption: signals.Preemption,
     free_fields: Sequence[str] = (),
 ) -> None:
     """Train the learners of the state `fresh` and save them; the arguments are those of `training_loop.run`.

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, figures, recording, settings, transformer_run
+from experiments.common import control, datasets, entry, figures, recording, settings, signals, transformer_run
 from tt_jax import checkpoints, rollouts, sequence_planner
 
 
@@ -30,12 +30,12 @@ class Experiment:
 
     config: ml_collections.ConfigDict
     workdir: pathlib.Path
-    preemption: entry.Preemption
+    preemption: signals.Preemption
 
 
 def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset: str | None) -> Experiment:
     """Put seed and dataset (None: that of `config`) into `config`, and notice signals from now on."""
-    preemption = entry.Preemption()
+    preemption = signals.Preemption()
     settings.checked(config)
     entry.check_alone()
     entry.hold(workdir)

@@ -13,7 +13,7 @@ import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments.common import agreement, entry, memory
+from experiments.common import agreement, entry, memory, signals
 from experiments.common.metrics import MetricsWriter
 from tt_jax import checkpoints, data_parallel, learners, shards, training
 
@@ -38,7 +38,7 @@ def run(
     step_sizes: str,
     memory_settings: str,
     shrink: Callable[[float], Any] = lambda share: None,
-    preemption: entry.Preemption,
+    preemption: signals.Preemption,
 ) -> None:
     """Train to `config.num_steps`; raises entry.Interrupted, after saving, when told to stop.
 
