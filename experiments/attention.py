@@ -10,7 +10,7 @@ the loss per kind when older transitions, past actions or past observations are 
 import jax
 import numpy as np
 
-from experiments.common import attention_report, control, entry, held_out, run_flags
+from experiments.common import attention_report, entry, held_out, run_flags
 from tt_jax import transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
@@ -19,7 +19,7 @@ OUT = run_flags.out(default="attention.json")
 
 
 def main(_):
-    path = control.result_file(OUT.value)
+    path = entry.result_file(OUT.value)
     run = held_out.load(WORKDIR.value)
     store, config = run.data.held_out, run.checkpoint.config
     ids = held_out.window_ids(store, count=NUM_WINDOWS.value, max_transitions=config.max_transitions)

@@ -58,7 +58,7 @@ def main(_):
     if len(WINDOW.value) != 2 or not all(number.isdecimal() for number in WINDOW.value):
         raise ValueError(f"--window={','.join(WINDOW.value)} must be two numbers, such as 5,4.")
     if JSON.value:
-        entry.make_folder(pathlib.Path(JSON.value).parent, flag="json")
+        entry.result_file(JSON.value, flag="json")
     if jax.default_backend() != "cpu":
         _pin(ALL_CORES)
     rows = [ceilings()]

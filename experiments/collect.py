@@ -44,6 +44,7 @@ def main(_):
         DATASET.value,
         episodes,
         env=env,
+        overwrite=OVERWRITE.value,
         algorithm_name="waypoint controller",
         description=f"{ENV.value}, {REWARD.value} reward: shortest-path waypoints and a PD controller, action noise "
         f"held for {waypoint_controller.NOISE_HOLD} steps, standard deviation up to {NOISE.value}; seed {SEED.value}.",

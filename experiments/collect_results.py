@@ -24,6 +24,8 @@ WHERE = ("workdir", "iql_workdir", "seed", "num_seeds")  # settings in which the
 
 
 def main(_):
+    if OUT.value:
+        entry.result_file(OUT.value)
     results = read(pathlib.Path(WORKDIR.value))
     if not results:
         raise ValueError(f"--workdir={WORKDIR.value} must have files results.json, at any depth; it has none.")

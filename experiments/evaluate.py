@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
-from experiments.common import control, entry, held_out, likelihood, run_flags
+from experiments.common import entry, held_out, likelihood, run_flags
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
 NUM_WINDOWS = run_flags.num_windows(default=2048)
@@ -20,7 +20,7 @@ OUT = run_flags.out(default="evaluation.json")
 
 
 def main(_):
-    path = control.result_file(OUT.value)
+    path = entry.result_file(OUT.value)
     run = held_out.load(WORKDIR.value)
     store, config = run.data.held_out, run.checkpoint.config
     ids = held_out.window_ids(store, count=NUM_WINDOWS.value)

@@ -23,6 +23,7 @@ from experiments.common import (
     open_loop_report,
     open_loop_run,
     run_flags,
+    settings,
     signals,
     stages,
 )
@@ -42,7 +43,7 @@ def main(_):
     preemption, workdir = signals.Preemption(), WORKDIR.value
     if CONFIG.value and HIDDEN_DIMS.value:
         CONFIG.value.data.hidden_dims = _hidden_dims(CONFIG.value, DATASET.value)
-    config = entry.resolve_config(CONFIG.value, dataset=DATASET.value, workdir=workdir)
+    config = entry.resolve_config(settings.checked(CONFIG.value), dataset=DATASET.value, workdir=workdir)
     open_loop_run.check(config, num_samples=NUM_SAMPLES.value)
     data = datasets.prepare(config, download=DOWNLOAD.value)
     if data.held_out is None:

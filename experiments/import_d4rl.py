@@ -56,6 +56,7 @@ def main(_):
         DATASET.value,
         tqdm.tqdm(episodes, unit="episode", desc="write"),
         env=env,
+        overwrite=OVERWRITE.value,
         observation_space=space,
         action_space=action_space,
         ref_min_score=minimum if REF_MIN.value is None else REF_MIN.value,

@@ -12,16 +12,16 @@ part in it; --search.* is for mppi and cem.
 import dataclasses
 import functools
 import time
+import warnings
 
 import jax
 import numpy as np
 from absl import flags
 
 from experiments.common import control, datasets, entry, environment_check, planners, run_flags, signals
-from tt_jax import action_planner, checkpoints, minari_files, rollouts, sequence_planner
+from tt_jax import action_planner, minari_files, rollouts, sequence_planner
 
-WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint to play, in place of the newest.", 0)
+WORKDIR, STEP = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.step()
 IQL_WORKDIR = run_flags.iql_workdir()
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
 NUM_ENVS = run_flags.num_envs(default=10, help="Environments that are planned together; each episode has its own seed.")
@@ -44,17 +44,13 @@ SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 def main(_):
     _check_references()
-    preemption = signals.Preemption()
-    seeds = range(SEED.value, SEED.value + NUM_EPISODES.value)[jax.process_index() :: jax.process_count()]
-    if NUM_EPISODES.value < jax.process_count():
-        raise ValueError(f"--num_episodes={NUM_EPISODES.value} must be at least the {jax.process_count()} processes.")
-    try:
+    preemption, out = signals.Preemption(), entry.result_file(OUT.value)
+    seeds = control.own_seeds(SEED.value, NUM_EPISODES.value)
+    with control.another_step_named(WORKDIR.value):
         given = run_flags.given(PLAN)
         checkpoint, learners, plan_config = control.restore_planner(
             WORKDIR.value, IQL_WORKDIR.value, given, step=STEP.value
         )
-    except checkpoints.DamagedError as error:
-        raise ValueError(f"{error} --step plays another of {checkpoints.steps(WORKDIR.value)}.") from error
     run, model, planner = checkpoint.run, checkpoint.config, PLANNER.value
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
     search_config = action_planner.SearchConfig(**run_flags.given(SEARCH))
@@ -64,7 +60,6 @@ def main(_):
     num_envs = min(NUM_ENVS.value, len(seeds))
     envs = control.vectorize(lambda: rollouts.Guarded(make_env()), num_envs, spec=model.spec, config=data_config)
     planners.check(planner, config=model, plan_config=plan_config, envs=envs, guided=learners is not None)
-    out = control.result_file(OUT.value)
     bounds = checkpoint.tokenizer.thresholds[: model.spec.observation_dim]
     checked = environment_check.check(
         envs.envs[0], run["dataset"], low=bounds[:, 0], high=bounds[:, -1], seeds=seeds, config=data_config
@@ -82,12 +77,10 @@ def main(_):
     with preemption.doing("plan"):
         check_fn = functools.partial(preemption.check, "plan")
         played = control.play(envs, policy, seeds=seeds, config=data_config, title="plan", check_fn=check_fn)
-    played = control.gather(played)
+    episodes, num_plans = control.gather_played(*played)
     seconds = time.time() - compiled
     if not entry.is_main_process():
         return
-    episodes = sorted((episode for part, _ in played for episode in part), key=lambda episode: episode.seed)
-    num_plans = sum(counts["plans"] for _, counts in played)
     episodes, failures = control.without_failures(episodes)
 
     results = {
@@ -167,10 +160,12 @@ def _write_video(path, make_env, *, seed, actions):
 
         env = make_env(render_mode="rgb_array")
         env.reset(seed=seed)
-        frames = [env.render()]
-        for action in actions:
-            env.step(action)
-            frames.append(env.render())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is told below
+            frames = [env.render()]
+            for action in actions:
+                env.step(action)
+                frames.append(env.render())
         fps = env.metadata.get("render_fps", 30)
         env.close()
         options = {"duration": 1000 / fps, "loop": 0} if path.endswith(".gif") else {"fps": fps}

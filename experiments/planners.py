@@ -58,8 +58,10 @@ def main(_):
     )
     envs = control.vectorize(study.make_env, 1, spec=checkpoint.config.spec, config=study.data_config)
     cells = planner_study.cells(plan_config, _pairs(study, envs))
-    out, settings = control.result_file(OUT.value), _settings(study)
-    results = json.loads(out.read_text()) if out.exists() else {"settings": settings, "studies": {}}
+    out, settings = entry.result_file(OUT.value), _settings(study)
+    results = entry.read_json(out) if out.exists() else {"settings": settings, "studies": {}}
+    if not isinstance(results, dict) or not {"settings", "studies"} <= results.keys():
+        raise entry.UsageError(f"--out={out} holds something else than results of planners; use another file.")
     if results["settings"] != settings:
         raise entry.UsageError(f"--out={out} holds results with other settings; use another file.")
     results |= {"device": jax.devices()[0].device_kind, "commit": entry.commit_id()}

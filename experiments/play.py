@@ -15,26 +15,27 @@ from absl import flags
 from experiments.common import baselines, control, datasets, entry, run_flags, signals
 from tt_jax import minari_files
 
-WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
+WORKDIR, STEP = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.step()
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
 NUM_ENVS = run_flags.num_envs(default=10)
 SEED = run_flags.seed(help="Seed of the first episode; each further one adds 1.", upper_bound=2**31)
 LEARNER = flags.DEFINE_integer("learner", 0, "Which of the seeds that were trained side by side.", lower_bound=0)
 OUT = flags.DEFINE_string("out", "results.json", "File for the results.")
 ENV, TRUST = run_flags.env(), run_flags.trust_environment()
-SETTINGS = (WORKDIR, NUM_EPISODES, NUM_ENVS, SEED, LEARNER, ENV, TRUST)
+SETTINGS = (WORKDIR, STEP, NUM_EPISODES, NUM_ENVS, SEED, LEARNER, ENV, TRUST)
 
 
 def main(_):
-    preemption = signals.Preemption()
-    checkpoint = baselines.restore(WORKDIR.value)
-    run, num_envs = checkpoint.run, min(NUM_ENVS.value, NUM_EPISODES.value)
+    preemption, out = signals.Preemption(), entry.result_file(OUT.value)
+    seeds = control.own_seeds(SEED.value, NUM_EPISODES.value)
+    with control.another_step_named(WORKDIR.value):
+        checkpoint = baselines.restore(WORKDIR.value, step=STEP.value)
+    run, num_envs = checkpoint.run, min(NUM_ENVS.value, len(seeds))
     policies = baselines.make_policies(checkpoint, learner=LEARNER.value, max_batch=num_envs)
     data_config = datasets.data_config(run["data"])
     place = {"env_id": ENV.value, "trust": TRUST.value, "goal": run["eval"]["goal"]}
     make_env = functools.partial(control.make_env, run, **place)
     envs = control.vectorize(make_env, num_envs, spec=checkpoint.config, config=data_config)
-    out, seeds = control.result_file(OUT.value), range(SEED.value, SEED.value + NUM_EPISODES.value)
     reference = None if ENV.value else minari_files.reference_scores(run["dataset"])
 
     found = {}
@@ -44,10 +45,12 @@ def main(_):
         with preemption.doing(title):
             check_fn = functools.partial(preemption.check, title)
             played = control.play(envs, policy, seeds=seeds, config=data_config, title=title, check_fn=check_fn)
-        episodes, counts = played
+        episodes, num_plans = control.gather_played(*played)
         seconds = time.time() - started
-        speed = {"num_plans": counts["plans"], "plans_per_second": counts["plans"] / seconds, "wall_time_s": seconds}
+        speed = {"num_plans": num_plans, "plans_per_second": num_plans / seconds, "wall_time_s": seconds}
         found[target] = control.summarize(episodes, reference) | speed
+    if not entry.is_main_process():
+        return
     common = {"checkpoint_step": checkpoint.step, "environment": envs.envs[0].spec.id, "dataset": run["dataset"]}
     results = common | next(iter(found.values())) | ({"targets": found} if "" not in found else {})
     results |= {

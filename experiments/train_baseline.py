@@ -21,7 +21,8 @@ def main(_):
     config = CONFIG.value
     if config and NUM_SEEDS.value:
         config.baselines[METHOD.value].train.num_seeds = NUM_SEEDS.value
-    config = entry.resolve_config(settings.checked(config), dataset=DATASET.value, workdir=WORKDIR.value)
+    where = {"dataset": DATASET.value, "workdir": WORKDIR.value}
+    config = entry.resolve_config(settings.checked(config), **where, method=METHOD.value)
     baselines.train(config, WORKDIR.value, method=METHOD.value, preemption=preemption, download=DOWNLOAD.value)
 
 

@@ -18,7 +18,7 @@ def main(_):
     config = settings.checked(CONFIG.value)
     if config and NUM_SEEDS.value:
         config.iql_train.num_seeds = NUM_SEEDS.value
-    config = entry.resolve_config(config, dataset=DATASET.value, workdir=WORKDIR.value)
+    config = entry.resolve_config(config, dataset=DATASET.value, workdir=WORKDIR.value, method="iql")
     iql_run.train(config, WORKDIR.value, preemption=preemption, download=DOWNLOAD.value)
 
 

@@ -17,6 +17,7 @@ done
 : "${workdir:?sweep.sh needs --workdir=DIR}" "${1:?sweep.sh needs a launcher, such as launch/local.sh}"
 launcher=("$1") && shift
 while [[ "${1:-}" == -* ]]; do launcher+=("$1") && shift; done
+: "${1:?sweep.sh needs a module, such as experiments.train_tt}"
 module=("$@")
 
 combine() { # NAME FLAGS LIST...: print a command for every combination of the lists
@@ -28,7 +29,7 @@ combine() { # NAME FLAGS LIST...: print a command for every combination of the l
     echo && return
   fi
   flag="${flag%%=*}" && IFS=, read -ra values <<<"${3#*=}"
-  for value in "${values[@]}"; do
+  for value in "${values[@]:-}"; do # of --flag= an empty one
     combine "${name:+${name}_}${flag##*[-.]}=${value//[!A-Za-z0-9._-]/-}" \
       "$flags$(printf '%q ' "$flag=$value")" "${@:4}"
   done

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from entry_points import MAZE, ROOT, read_metrics
+from entry_points import MAZE, ROOT, damage, read_metrics
 from scipy import stats
 
 from experiments.common import control
@@ -111,6 +112,18 @@ def test_play_writes_what_plan_writes_and_a_decision_transformer_plays_every_tar
     assert (play(f"--workdir={trained / 'bc'}", "--learner=2")).error.endswith("the learners 0 to 1, not 2.")
 
 
+def test_play_takes_no_older_checkpoint_unasked(entry_point, trained, tmp_path):
+    workdir = shutil.copytree(trained / "bc", tmp_path / "bc")
+    shutil.copytree(workdir / "checkpoints" / "20", workdir / "checkpoints" / "30")
+    damage(workdir, 30)
+    refused = entry_point("play")(f"--workdir={workdir}")
+    assert refused.code == 2 and refused.error.endswith(" --step plays another of [10, 20, 30].")
+    done = entry_point("play")(f"--workdir={workdir}", "--num_episodes=1", "--step=20", "--out=older.json")
+    assert done.code == 0, done.stderr
+    results = json.loads((entry_point("play").folder / "older.json").read_text())
+    assert (results["checkpoint_step"], results["settings"]["step"]) == (20, 20)
+
+
 def test_every_method_plays_the_same_episodes_for_every_seed(entry_point, trained):
     compare = entry_point("compare")
     command = [*SMALL, f"--workdir={trained}", "--num_seeds=2", "--num_episodes=3"]
@@ -150,13 +163,18 @@ def test_every_method_plays_the_same_episodes_for_every_seed(entry_point, traine
     "arguments, message",
     [
         (["--methods=bc,sac"], "--methods=sac must be some of bc,bc10,dt,cql,iql,tt,tt_imitation,tt_q"),
-        (["--config.baselines.dt.embed_dim=9", "--config.baselines.dt.num_heads=2", "--methods=dt"], "embed_dim=9"),
+        (["--config.baselines.dt.embed_dim=9", "--config.baselines.dt.num_heads=2", "--methods=bc"], "dt.embed_dim=9"),
+        (["--config.model.max_transitions=2"], "plan.window=(3, 2) exceeds model.max_transitions=2; set"),
+        (["--dataset=test/gone-v0"], "Dataset test/gone-v0 not found"),
     ],
-    ids=["unknown", "heads"],
+    ids=["unknown", "heads", "window", "dataset"],
 )
 def test_mistakes_are_told_in_one_line(entry_point, tmp_path, arguments, message):
     done = entry_point("compare")(*SMALL, f"--workdir={tmp_path}", *arguments)
     assert (done.code, message in done.error) == (2, True), done.stderr
+    # The workdir is free for other settings.
+    again = entry_point("compare")(*SMALL, f"--workdir={tmp_path}", "--dataset=test/gone-v0", "--seed=1")
+    assert (again.code, "Dataset test/gone-v0 not found" in again.error) == (2, True), again.stderr
 
 
 @pytest.mark.slow

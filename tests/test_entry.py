@@ -188,7 +188,8 @@ def test_the_resolved_configuration_is_saved_and_frozen(tmp_path):
     assert config.dataset == "a/b-v0"
     with pytest.raises(AttributeError):
         config.seed = 1
-    assert entry.read_config(tmp_path).to_dict() == config.as_configdict().to_dict() | {"data": {"keys": ["a", "b"]}}
+    expected = config.as_configdict().to_dict() | {"method": "tt", "data": {"keys": ["a", "b"]}}
+    assert entry.read_config(tmp_path).to_dict() == expected
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock"}
 
 

@@ -3,12 +3,14 @@
 import resource
 import shutil
 
+import gymnasium
 import numpy as np
 import pytest
 from entry_points import read_metrics
+from minari import data_collector
 
-from experiments.common import metrics
-from tt_jax import checkpoints, types
+from experiments.common import metrics, recording
+from tt_jax import checkpoints, minari_files, types
 
 
 @pytest.fixture
@@ -41,6 +43,31 @@ def test_a_run_goes_on_without_tensorboard_when_its_files_cannot_be_written(tmp_
     assert len(read_metrics(tmp_path)) == 100
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.stat().st_size == 4_000
+
+
+def test_a_dataset_appears_whole_or_not_at_all(tmp_path, small_files, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    box = gymnasium.spaces.Box(-9.0, 9.0, (3,))
+
+    def write(length, **settings):
+        last = np.arange(length) == length - 1
+        steps = {"actions": np.ones((length, 3)), "rewards": np.ones(length), "terminations": last, "truncations": last}
+        episode = data_collector.EpisodeBuffer(observations=np.ones((length + 1, 3)), infos={}, **steps)
+        recording.write("test/a-v0", [episode], env=None, observation_space=box, action_space=box, **settings)
+
+    def steps():
+        return minari_files.open_storage("test/a-v0").total_steps
+
+    write(7)
+    with pytest.raises(ValueError, match="a-v0 already exists"):
+        write(8, overwrite=False)
+    small_files(20_000)  # HDF5 would end this process with a segmentation fault
+    with pytest.raises(OSError, match=r"a-v0 cannot be written, what was there before stays \(File too large\)"):
+        write(20_000)
+    small_files(resource.RLIM_INFINITY)
+    assert steps() == 7 and [path.name for path in tmp_path.iterdir()] == ["test"]
+    write(9)
+    assert steps() == 9
 
 
 def flip(step):

@@ -151,8 +151,12 @@ def test_the_grid_and_the_search_go_into_the_same_file(command):
         ),
         (["--candidates=0"], "--candidates=0 must be whole numbers of at least 1"),
         (["--horizons=x"], "--horizons=x must be whole numbers of at least 1"),
+        (["--out=text.json"], "text.json cannot be read"),
+        (["--out=other.json"], "--out=other.json holds something else than results of planners"),
     ],
 )
 def test_mistakes_are_told_in_one_line(command, arguments, message):
+    for name, text in (("text", "x"), ("other", "{}")):
+        (command[0] / f"{name}.json").write_text(text)
     done = command[1]("--horizons=2", *arguments)
     assert done.code == 2 and done.error.startswith("planners: ") and message in done.error

@@ -261,6 +261,7 @@ def test_short_and_single_episodes_train(train, tmp_path, name, held_out):
     "arguments, message",
     [
         (["--config.model.embd_dim=3"], "the configuration has no field 'embd_dim'"),
+        (["--config.trian.num_steps=1"], "the configuration has no field 'trian'; did you mean \"train\"?"),
         (["--wrokdir=run"], "Unknown command line flag 'wrokdir'. Did you mean: workdir ?"),
         (["--config.train.num_step=1"], "num_step"),
         (
@@ -293,6 +294,14 @@ def test_short_and_single_episodes_train(train, tmp_path, name, held_out):
         (["--config.seed=-1"], "seed=-1 must be in [0, 2**32)"),
         (["--config=none.py"], "No such file or directory: 'none.py'"),
         (["--num_processes=2"], "--num_processes and --process_id need --coordinator_address"),
+        (["--coordinator_address=here:1", "--num_processes=2", "--process_id=2"], "--process_id=2 must be in [0, 2)"),
+        (["--coordinator_address=here", "--num_processes=2", "--process_id=0"], "=here must be HOST:PORT"),
+        (["--coordinator_address=here:x", "--num_processes=2", "--process_id=0"], "=here:x must be HOST:PORT"),
+        (["--distributed"], "--distributed: no SLURM job or TPU pod is found here"),
+        (["--config.ensemble.num_members=0"], "num_members=0 must be positive"),
+        (["--config.baselines.dt.num_heads=7"], "baselines.dt.embed_dim=128 must be a multiple of num_heads=7"),
+        (["--config.baselines.cql.hidden_dims=(8,-1)"], "baselines.cql.hidden_dims=(8, -1) must be positive"),
+        (["--config.baselines.bc.train.batch_size=0"], "baselines.bc.train.batch_size=0 must be at least 1"),
         (["--dataset="], "--dataset is missing"),
         (["--dataset=test/maze"], "test/maze"),
         (["--dataset=test/gone-v0"], "Dataset test/gone-v0 not found"),
@@ -304,6 +313,32 @@ def test_mistakes_are_told_in_one_line(train, tmp_path, arguments, message):
     assert done.code == 2
     assert done.error.startswith("train_tt: ") and message in done.error
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config():\n    return 3", "get_config() must return a ConfigDict, got int."),
+        ("def get_config(:", "invalid syntax"),
+        ("a = b", "name 'b' is not defined."),
+        ("", "has no attribute 'get_config'."),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_named(train, tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    done = train(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path / 'run'}")
+    assert done.code == 2 and "mine.py" in done.error and message in done.error
+
+
+@pytest.mark.parametrize("name, kind", [("checkpoints", "folder"), ("config.json", "file"), ("metrics.jsonl", "file")])
+def test_a_workdir_that_holds_something_else_is_refused_before_the_work(train, tmp_path, name, kind):
+    if kind == "file":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).touch()
+    done = train(*MAZE, f"--workdir={tmp_path}")
+    assert (done.code, done.stdout.count("\n")) == (2, 1)  # nothing was read
+    assert f"{tmp_path}/{name} must be a {kind}; move it elsewhere." in done.error
 
 
 @pytest.mark.parametrize(

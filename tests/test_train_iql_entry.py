@@ -117,6 +117,15 @@ def test_mistakes_are_told_in_one_line(train_iql, tmp_path, arguments, message):
     assert message in done.error
 
 
+def test_a_workdir_keeps_its_method_and_number_of_seeds(train_iql, learned, trained, entry_point):
+    done = train_iql(*IQL, f"--workdir={learned}", "--num_seeds=1")
+    assert done.code == 2 and "made with iql_train.num_seeds=2, this run has 1; use" in done.error
+    done = entry_point("train_baseline")(*IQL, "--method=bc", f"--workdir={learned}")
+    assert done.code == 2 and "made with method='iql', this run has 'bc'; use" in done.error
+    done = train_iql(*MAZE, f"--workdir={trained}")
+    assert done.code == 2 and "made with method='tt', this run has 'iql'; use" in done.error
+
+
 def test_data_without_an_environment_is_learned_from_without_playing(train_iql, tmp_path):
     settings = ["--dataset=test/within-v0", "--config.data.observation_keys=()", "--config.iql_train.num_steps=10"]
     done = train_iql(*IQL, *settings, f"--workdir={tmp_path}")

@@ -30,6 +30,7 @@ class Config:
     def __post_init__(self):
         if not 0 < self.best_share <= 1:
             raise ValueError(f"best_share={self.best_share} must be in (0, 1].")
+        types.check_ranges(self, positive=("hidden_dims", "learning_rate"))
 
 
 def prepare(data: trajectories.Trajectories, settings: dict) -> tuple[Config, types.Params, types.Transitions]:

@@ -40,8 +40,15 @@ class Config:
     reward_units: str = "raw"  # as in IQLConfig
 
     def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 1.")
+        rates = ("actor_learning_rate", "critic_learning_rate")
+        types.check_ranges(
+            self,
+            positive=("hidden_dims", *rates, "num_samples"),
+            not_negative=("penalty_weight",),
+            shares=("discount", "tau"),
+        )
+        if self.reward_units not in iql.REWARD_UNITS:
+            raise ValueError(f'reward_units must be one of {", ".join(iql.REWARD_UNITS)}, got "{self.reward_units}".')
 
 
 def prepare(data: trajectories.Trajectories, settings: dict) -> tuple[Config, types.Params, types.Transitions]:

@@ -43,6 +43,14 @@ class Config:
     return_scale: float = 1000.0  # returns-to-go are divided by this
     targets: tuple[float, ...] = ()  # returns to ask for, one after the other; (): the data's best and half of it
 
+    def __post_init__(self):
+        types.check_ranges(
+            self,
+            positive=("window", "learning_rate", "grad_clip", "return_scale"),
+            not_negative=("warmup_steps", "weight_decay"),
+        )
+        _ = self.blocks  # checks its own
+
     @property
     def blocks(self) -> transformer.TransformerConfig:
         """The settings of the blocks."""

@@ -37,6 +37,10 @@ class EnsembleConfig:
     weight_decay: float = 5e-5  # of half the squared kernels in the loss, about PETS' mean over layers
     validate_every: int = 200  # updates between the losses by which the best weights are found
 
+    def __post_init__(self):
+        positive = ("num_members", "hidden_dims", "learning_rate", "validate_every")
+        types.check_ranges(self, positive=positive, not_negative=("weight_decay",))
+
 
 @dataclasses.dataclass(frozen=True)
 class EnsembleTrainConfig:

@@ -75,12 +75,15 @@ def train(config, workdir, *, method: str, preemption: signals.Preemption, downl
     )
 
 
-def restore(workdir: str) -> checkpoints.Checkpoint:
-    """Read the learners, stacked, of a run of train_baseline or train_iql; another run is a ValueError."""
-    checkpoint = checkpoints.restore(workdir)
+def restore(workdir: str, *, step: int | None = None) -> checkpoints.Checkpoint:
+    """Read the learners, stacked, of a run of train_baseline or train_iql; another run is a ValueError.
+
+    They are those of the newest checkpoint or of `step`.
+    """
+    checkpoint = checkpoints.restore(workdir, step)
     method = checkpoint.run.get("method")
     if method is None:
-        checkpoint = control.restore(workdir, iql.IQLConfig, program="train_baseline or train_iql")
+        checkpoint = control.restore(workdir, iql.IQLConfig, program="train_baseline or train_iql", step=step)
         return dataclasses.replace(checkpoint, params=control.stack_learners(checkpoint.params))
     if checkpoint.run["baselines"][method]["train"]["num_seeds"] > 1:
         return checkpoint

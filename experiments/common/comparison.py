@@ -1,7 +1,6 @@
 """What others would choose, IQL's policy, and the Trajectory Transformer with and without IQL's Q, on one dataset."""
 
 import functools
-import json
 from collections.abc import Sequence
 
 import jax
@@ -42,7 +41,7 @@ def compare(
     numbers = {"seed": seed, "num_episodes": num_episodes, "num_seeds": num_seeds}
     if unknown := set(methods or ()) - METHODS.keys():
         raise entry.UsageError(f"--methods={','.join(sorted(unknown))} must be some of {','.join(METHODS)}.")
-    earlier = json.loads(path.read_text())["methods"] if (path := workdir / "results.json").exists() else {}
+    earlier = entry.read_json(path)["methods"] if (path := workdir / "results.json").exists() else {}
     methods = [name for name in METHODS if not methods or name in methods or name in earlier]
     seeds = range(seed, seed + num_seeds)
 
@@ -95,7 +94,8 @@ def _train(experiment, name, *, seed=None, download):
         run_config.seed = seed
     if name.startswith("tt_q"):
         run_config.data.termination_penalty = None
-    resolved = entry.resolve_config(run_config, dataset=None, workdir=folder)
+    method = name if name in LEARNERS else "tt"
+    resolved = entry.resolve_config(run_config, dataset=None, workdir=folder, method=method)
     if name in baselines.BASELINES:
         train = functools.partial(baselines.train, method=name)
     else:

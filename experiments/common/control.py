@@ -1,6 +1,7 @@
 """What the entry points that play episodes share: the environment of a run, policies by name, play, summaries."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 import pickle
@@ -63,6 +64,15 @@ def restore(workdir: str, config_class: type, *, program: str, step: int | None 
         raise ValueError(f"{workdir} holds a checkpoint with {name}; a run of experiments.{program} is needed.")
     params = jax.tree.map(lambda leaf: np.float32(leaf) if leaf.dtype == jnp.bfloat16 else leaf, checkpoint.params)
     return dataclasses.replace(checkpoint, params=params)
+
+
+@contextlib.contextmanager
+def another_step_named(workdir: str):
+    """Say of a damaged checkpoint, in commands with --step, which others there are."""
+    try:
+        yield
+    except checkpoints.DamagedError as error:
+        raise ValueError(f"{error} --step plays another of {checkpoints.steps(workdir)}.") from error
 
 
 def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
@@ -256,6 +266,20 @@ def play(
     return episodes, counts
 
 
+def own_seeds(first: int, num_episodes: int) -> range:
+    """Return the seeds of the episodes that this process plays; raises ValueError if there is none for one of them."""
+    if num_episodes < jax.process_count():
+        raise ValueError(f"--num_episodes={num_episodes} must be at least the {jax.process_count()} processes.")
+    return range(first, first + num_episodes)[jax.process_index() :: jax.process_count()]
+
+
+def gather_played(episodes: Sequence[rollouts.Episode], counts: dict[str, float]) -> tuple[list[rollouts.Episode], int]:
+    """Return the episodes of all processes by their seeds, and the number of plans; all processes must ask."""
+    played = gather((episodes, counts))
+    everything = sorted((episode for part, _ in played for episode in part), key=lambda episode: episode.seed)
+    return everything, sum(part["plans"] for _, part in played)
+
+
 def gather(value: Any) -> list[Any]:
     """Return the value of every process, in their order; all processes must ask."""
     if jax.process_count() == 1:
@@ -327,18 +351,6 @@ def interquartile_mean(scores: np.ndarray, *, num_draws: int = 2000) -> dict:
 
     low, high = np.percentile(middle(draws), [2.5, 97.5])
     return {"mean": float(middle(scores.reshape(-1))), "low": float(low), "high": float(high)}
-
-
-def result_file(name: str) -> pathlib.Path:
-    """Make the folder of --out; a place where no file can be written is reported before the work."""
-    out = pathlib.Path(name)
-    if out.is_dir():
-        raise ValueError(f"--out={name} must name a file, not a folder.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out={name} cannot be written: {error}.") from error
-    return out
 
 
 def print_summary(results: dict, out: pathlib.Path) -> None:

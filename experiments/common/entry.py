@@ -22,8 +22,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import typing
+import warnings
 from logging import StreamHandler
 
 import jax
@@ -75,17 +77,12 @@ def run(main_fn):
 
 def _parse_flags(argv):
     def parse():
+        argv_with_config = _with_config(argv)
         try:
-            rest = flags.FLAGS(_with_config(argv))
+            rest = flags.FLAGS(argv_with_config)
+            _check_config()
         except Exception as error:  # a configuration is code: it may raise anything
-            if isinstance(error, AttributeError) and str(error)[:1] in ("'", '"'):  # ml_collections quotes the name
-                suggestion = re.search(r'Did you mean "\w+"', str(error))
-                name, hint = re.search(r"\w+", str(error))[0], f"; {suggestion[0].lower()}?" if suggestion else "."
-                raise UsageError(f"the configuration has no field {name!r}{hint}") from error
-            message = str(error).strip().splitlines() or [repr(error)]
-            if "failure to load" in message[0]:  # the file stands further down
-                message = [" ".join(message)]
-            raise UsageError(message[-1] if "parsing config file" in message[0] else message[0]) from error
+            raise UsageError(_tell_flag_error(error, argv_with_config)) from error
         if rest[1:]:
             raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
         for name, value in flags.FLAGS.flag_values_dict().items():
@@ -95,6 +92,32 @@ def _parse_flags(argv):
     if code := _exit_code(parse):
         sys.exit(code)
     return argv[:1]
+
+
+def _check_config():
+    """Raise what is wrong with the file of --config, which config_flags keeps until the configuration is used."""
+    if "config" in flags.FLAGS and (config := flags.FLAGS["config"].value) is not None:
+        import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
+
+        getattr(config, "seed", None)  # OSError if the file is not there
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise TypeError(f"get_config() must return a ConfigDict, got {type(config).__name__}")
+
+
+def _tell_flag_error(error, argv):
+    """Say in one line what is wrong with the flags, or with the configuration that they name."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, AttributeError | KeyError) and text[:1] in ("'", '"'):  # ml_collections quotes the name
+        suggestion = re.search(r'Did you mean "\w+"', text)
+        name, hint = re.search(r"\w+", text)[0], f"; {suggestion[0].lower()}?" if suggestion else "."
+        return f"the configuration has no field {name!r}{hint}"
+    lines = text.strip().splitlines() or [repr(error)]
+    if isinstance(error, flags.Error) and "parsing config file" not in lines[0]:
+        return lines[0]
+    message = " ".join(lines) if isinstance(error, OSError) else re.sub(r"^\w+Error: ", "", lines[-1]).rstrip(".")
+    files = [argument.partition("=")[2] for argument in argv if argument.lstrip("-").startswith("config=")]
+    file = files[-1] if files else ""
+    return message if file.partition(":")[0] in message else f"--config={file} cannot be used: {message}."
 
 
 def _with_config(argv):
@@ -164,8 +187,7 @@ def _start():
     _log_own_information_to_stdout()
     sys.unraisablehook = _report_unraisable
     if _COORDINATOR.value:
-        if _NUM_PROCESSES.value is None or _PROCESS_ID.value is None:
-            raise UsageError("--coordinator_address needs --num_processes and --process_id.")
+        _check_place_among_processes()
         jax.distributed.initialize(
             _COORDINATOR.value,
             _NUM_PROCESSES.value,
@@ -175,7 +197,15 @@ def _start():
     elif _NUM_PROCESSES.value is not None or _PROCESS_ID.value is not None:
         raise UsageError("--num_processes and --process_id need --coordinator_address.")
     elif _DISTRIBUTED.value:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        except ValueError as error:  # jax finds nothing that would tell it
+            raise UsageError(
+                f"--distributed: no SLURM job or TPU pod is found here ({error}); start it there, see launch/, or pass "
+                "--coordinator_address, --num_processes and --process_id."
+            ) from error
+    # A cache that cannot be written, on a full disk for one, or was written in part, costs time alone.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     default_cache = str(pathlib.Path.home() / ".cache" / "tt_jax")
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", default_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -184,6 +214,17 @@ def _start():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
         processes = f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
         logging.info("tt_jax %s, jax %s, %s, %s", tt_jax.__version__, jax.__version__, devices, processes)
+
+
+def _check_place_among_processes():
+    """Raise UsageError unless the flags say where process 0 is, how many processes there are, and which is this."""
+    num, index, (host, _, port) = _NUM_PROCESSES.value, _PROCESS_ID.value, _COORDINATOR.value.rpartition(":")
+    if num is None or index is None:
+        raise UsageError("--coordinator_address needs --num_processes and --process_id.")
+    if not 0 <= index < num:
+        raise UsageError(f"--process_id={index} must be in [0, {num}), below --num_processes={num}.")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise UsageError(f"--coordinator_address={_COORDINATOR.value} must be HOST:PORT, such as localhost:12345.")
 
 
 def _log_own_information_to_stdout():
@@ -196,8 +237,8 @@ def _log_own_information_to_stdout():
 
 
 def _is_for_the_user(record):
-    """Leave out information, and what orbax logs with its traceback, since it raises it as well."""
-    return record.levelname != "INFO" and not (record.levelname == "ERROR" and "orbax" in record.pathname)
+    """Leave out information, and what orbax logs, with its traceback or before an error, since it raises it as well."""
+    return record.levelname != "INFO" and "orbax" not in record.pathname
 
 
 def _report_unraisable(unraisable):
@@ -234,27 +275,25 @@ def commit_id() -> str:
 # Configurations
 
 
-def resolve_config(config, *, dataset, workdir):
+def resolve_config(config, *, dataset, workdir, method="tt"):
     """Set the dataset, `hold` the workdir, compare with the run that it has, and write `workdir`/config.json.
 
-    Raises UsageError if a flag is missing, or if the workdir has checkpoints made with another dataset, data or model;
-    everything else may change when a run is resumed.
+    `method` is what is trained there: tt, iql or a baseline. Raises UsageError if a flag is missing, or if the workdir
+    has checkpoints made with another method, dataset, data, model or number of seeds; everything else may change when a
+    run is resumed.
     """
     for flag, value in (("config", config), ("workdir", workdir)):
         if not value:
             raise UsageError(f"--{flag} is missing.")
-    try:
-        config.dataset = dataset or config.dataset
-    except OSError as error:  # config_flags keeps a file that is not found until it is used
-        raise UsageError(str(error)) from error
+    config.dataset = dataset or config.dataset
     if not config.dataset:
         raise UsageError("--dataset is missing: the id of a Minari dataset, such as mujoco/hopper/medium-v0.")
     hold(workdir)
-    path = pathlib.Path(workdir) / "config.json"
+    path, settings = pathlib.Path(workdir) / "config.json", {"method": method} | config.to_dict()
     if path.exists() and checkpoints.latest_step(workdir) is not None:
-        _check_same_run(read_config(workdir), config, workdir)
+        _check_same_run(read_config(workdir).to_dict(), settings, workdir)
     if is_main_process():
-        write_json(path, config.to_dict())
+        write_json(path, settings)
     import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
 
     return ml_collections.FrozenConfigDict(config)
@@ -266,13 +305,23 @@ def hold(workdir):
     if is_main_process():
         try:
             lock.hold(workdir)
-        except lock.Held as error:
+            _check_kinds(workdir)
+        except (lock.Held, UsageError) as error:
             problem = UsageError(str(error))
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             problem = (OSError if is_full else UsageError)(f"--workdir={workdir} cannot be written: {error}.")
     if multihost_utils.broadcast_one_to_all(np.bool_(problem is not None)):
         raise problem or UsageError(f"--workdir={workdir} cannot be used, see process 0.")
+
+
+def _check_kinds(workdir):
+    """Raise UsageError if a folder stands where a run has a file, or the other way round."""
+    for name, is_folder in {"checkpoints": True, "damaged": True, "config.json": False, "metrics.jsonl": False}.items():
+        path = pathlib.Path(workdir) / name
+        if path.exists() and path.is_dir() != is_folder:
+            kind = "folder" if is_folder else "file"
+            raise UsageError(f"--workdir={workdir} cannot be used: {path} must be a {kind}; move it elsewhere.")
 
 
 def read_config(workdir):
@@ -284,7 +333,7 @@ def read_config(workdir):
         return ml_collections.ConfigDict(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise UsageError(f"there is no run in {workdir}: {path} is missing.") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} is not the configuration of a run ({error}); delete it or use another workdir."
         ) from error
@@ -316,11 +365,12 @@ def _check_elements(name, values, types):
 
 
 def _check_same_run(old, new, workdir):
-    plain = (json.loads(json.dumps(config.to_dict())) for config in (old, new))
-    old, new = (traverse_util.flatten_dict(config, sep=".") for config in plain)
+    old, new = (traverse_util.flatten_dict(json.loads(json.dumps(config)), sep=".") for config in (old, new))
+    seeds = "iql_train.num_seeds" if new["method"] == "iql" else f"baselines.{new['method']}.train.num_seeds"
+    fields = ("method", seeds, *ESSENTIAL_FIELDS)
     for name in sorted(old.keys() | new.keys()):
         # A field that is newer than the run has its default there.
-        is_essential = name not in FREE_FIELDS and f"{name}.".startswith(tuple(f"{each}." for each in ESSENTIAL_FIELDS))
+        is_essential = name not in FREE_FIELDS and f"{name}.".startswith(tuple(f"{each}." for each in fields))
         if name in old and is_essential and old[name] != new.get(name):
             raise UsageError(
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
@@ -330,12 +380,38 @@ def _check_same_run(old, new, workdir):
 
 def make_folder(folder, *, flag):
     """Make a folder for the value of a `flag`; raises UsageError if no files can be written there."""
+    _probe(folder, flag=flag, value=folder)
+
+
+def result_file(name, *, flag="out"):
+    """Return the path of the file that a `flag` names and make its folder; raises UsageError if it cannot be written.
+
+    Call it before the work.
+    """
+    path = pathlib.Path(name)
+    if path.is_dir() or path.suffix in (".png", ".npz"):
+        kind = "folder" if path.is_dir() else "picture or arrays, which are written beside it"
+        raise UsageError(f"--{flag}={name} must name a file, not a {kind}.")
+    _probe(path.parent, flag=flag, value=name)
+    return path
+
+
+def _probe(folder, *, flag, value):
+    """Make a folder and a file in it, which is gone at once; only that shows what can be written, even to root."""
     try:
         pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError("no permission to write")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UsageError(f"--{flag}={folder} cannot be written: {error}.") from error
+        raise UsageError(f"--{flag}={value} cannot be written: {error}.") from error
+
+
+def read_json(path):
+    """Return the value in a file; raises UsageError if it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} cannot be read ({error}); move it elsewhere, and it is made anew.") from error
 
 
 def write_json(path, value):

@@ -37,7 +37,11 @@ def save(figure: matplotlib.figure.Figure, path: str | pathlib.Path) -> None:
     """Write the figure to `path`, whose ending gives the format; its folder is made."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_metrics(workdir: str | pathlib.Path, name: str) -> tuple[list[int], list[float]]:

@@ -99,7 +99,7 @@ def _train(experiment, *, minutes, guided, download):
             folder = str(experiment.workdir / "iql")
             config = experiment.config.copy_and_resolve_references()
             config.eval.num_episodes = 0  # its policy is played in the end
-            config = entry.resolve_config(config, dataset=None, workdir=folder)
+            config = entry.resolve_config(config, dataset=None, workdir=folder, method="iql")
             settings = {"download": download, "minutes": IQL_SHARE * minutes}
             iql_run.train(config, folder, preemption=experiment.preemption, **settings)
     with stages.stage("train the Trajectory Transformer"):

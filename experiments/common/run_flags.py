@@ -67,6 +67,9 @@ num_episodes = functools.partial(
 num_envs = functools.partial(
     flags.DEFINE_integer, "num_envs", help="Environments that are played in step.", lower_bound=1
 )
+step = functools.partial(
+    flags.DEFINE_integer, "step", None, "Step of the checkpoint to play, in place of the newest.", lower_bound=0
+)
 iql_workdir = functools.partial(
     flags.DEFINE_string, "iql_workdir", None, "Folder of a run of train_iql whose Q guides the plans."
 )

@@ -1,23 +1,21 @@
 """All settings of a configuration against their records, before any work."""
 
+import dataclasses
 import itertools
 
 import ml_collections
 
 from experiments.common import datasets, entry
-from tt_jax import iql, iql_training, sequence_planner, training, transformer, types
+from experiments.common.baselines import BASELINES
+from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, transformer, types
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict | None:
     """Return a configuration, or None where none is given; raises ValueError, naming the setting, if one is wrong."""
     if config is None:
         return None
-    try:
-        seed = config.seed
-    except OSError as error:  # config_flags keeps a file that is not found until it is used
-        raise entry.UsageError(str(error)) from error
-    if not 0 <= seed < 2**32:
-        raise entry.UsageError(f"seed={seed} must be in [0, 2**32).")
+    if not 0 <= config.seed < 2**32:
+        raise entry.UsageError(f"seed={config.seed} must be in [0, 2**32).")
     if not 1 <= config.data.num_bins < 2**16:
         raise entry.UsageError(f"data.num_bins={config.data.num_bins} must be at least 1 and below 2**16.")
     for part, name in itertools.product(("train", "iql_train"), ("num_steps", "batch_size", "steps_per_call")):
@@ -31,12 +29,29 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
             "(x, y), or () for the environment's goals."
         )
     datasets.data_config(config.data)
-    # The sizes come with the data.
-    spec = types.TransitionSpec(observation_dim=1, action_dim=1, num_bins=config.data.num_bins)
+    sizes = {"observation_dim": 1, "action_dim": 1}  # come with the data
+    spec = types.TransitionSpec(**sizes, num_bins=config.data.num_bins)
     iql_settings = {name: value for name, value in config.iql.items() if name != "actor_cosine"}
     entry.to_dataclass(transformer.TransformerConfig, config.model, spec=spec)
     entry.to_dataclass(training.TrainConfig, config.train)
     entry.to_dataclass(sequence_planner.PlanConfig, config.plan)
-    entry.to_dataclass(iql.IQLConfig, iql_settings, observation_dim=1, action_dim=1)
+    entry.to_dataclass(iql.IQLConfig, iql_settings, **sizes)
     entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
+    entry.to_dataclass(ensemble.EnsembleConfig, config.ensemble, **sizes)
+    entry.to_dataclass(ensemble.EnsembleTrainConfig, config.ensemble_train)
+    for method, baseline in BASELINES.items():
+        _check_baseline(method, baseline.module, dict(config.baselines[method]))
     return config
+
+
+def _check_baseline(method, module, settings):
+    train = settings.pop("train")
+    sizes = {
+        field.name: 1 for field in dataclasses.fields(module.Config) if field.default is dataclasses.MISSING
+    }  # come with the data
+    try:
+        entry.to_dataclass(learners.TrainConfig, train)
+        entry.to_dataclass(module.Config, settings, **sizes)
+    except ValueError as error:
+        reason = str(error).removeprefix("baselines.METHOD.")
+        raise entry.UsageError(f"baselines.{method}.{reason}") from error

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,11 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     settings.checked(config)
     entry.check_alone()
     entry.hold(workdir)
+    if max(config.plan.window) > config.model.max_transitions:
+        raise entry.UsageError(
+            f"plan.window={config.plan.window} exceeds model.max_transitions={config.model.max_transitions}; set a "
+            "smaller window or a larger model."
+        )
     config.seed, config.dataset = seed, dataset or config.dataset
     return Experiment(config, pathlib.Path(workdir), preemption)
 
@@ -58,11 +64,11 @@ def results(
     workdir = experiment.workdir
     settings = json.loads(json.dumps(numbers | {"config": experiment.config.to_dict()}))
     path = workdir / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != settings:
+    if path.exists() and entry.read_json(path) != settings and _has_results(workdir):
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
     entry.write_json(path, settings)
     path = workdir / "results.json"
-    if path.exists() and is_complete(parts := json.loads(path.read_text())):
+    if path.exists() and is_complete(parts := entry.read_json(path)):
         logging.info("%s is done; another --workdir starts anew.", workdir)
         return parts
     started = time.time()
@@ -74,6 +80,12 @@ def results(
     }
     entry.write_json(path, parts)
     return parts
+
+
+def _has_results(workdir):
+    """Whether anything was made there, other than what tells the settings."""
+    files = (path for path in workdir.rglob("*") if path.is_file())
+    return any(path.name not in ("settings.json", "config.json", "lock") for path in files)
 
 
 @contextlib.contextmanager
@@ -98,9 +110,12 @@ def once(path: pathlib.Path, make_fn: Callable[[], Any], *, title: str | None = 
         np.savez(temporary, **arrays)
         temporary.replace(path)
     if is_json:
-        return json.loads(path.read_text())
-    with np.load(path) as file:
-        return dict(file)
+        return entry.read_json(path)
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise entry.UsageError(f"{path} is damaged ({error}); move it elsewhere, and it is made anew.") from error
 
 
 def keep_datasets_in(workdir: pathlib.Path) -> None:
