@@ -41,9 +41,10 @@ HIDDEN_DIMS = flags.DEFINE_list(
 
 def main(_):
     preemption, workdir = signals.Preemption(), WORKDIR.value
-    if CONFIG.value and HIDDEN_DIMS.value:
-        CONFIG.value.data.hidden_dims = _hidden_dims(CONFIG.value, DATASET.value)
-    config = entry.resolve_config(settings.checked(CONFIG.value), dataset=DATASET.value, workdir=workdir)
+    config = settings.checked(CONFIG.value)
+    if config and HIDDEN_DIMS.value:
+        config.data.hidden_dims = _hidden_dims(config, DATASET.value)
+    config = entry.resolve_config(config, dataset=DATASET.value, workdir=workdir)
     open_loop_run.check(config, num_samples=NUM_SAMPLES.value)
     data = datasets.prepare(config, download=DOWNLOAD.value)
     if data.held_out is None:
@@ -53,7 +54,8 @@ def main(_):
         trajectories.select(loaded, episodes)
         for episodes in datasets.split(loaded, config.data.eval_fraction, config.seed)
     )
-    transitions = trajectories.transitions(train)  # before the long work, as not all actions can be used
+    trajectories.action_bounds(train)  # before the long work: single-step models take no discrete actions
+    transitions = trajectories.transitions(train)
     trained = dynamics_run.train_all(config, pathlib.Path(workdir), transitions, run=data.run, preemption=preemption)
 
     counts = {"horizon": HORIZON.value, "count": NUM_STARTS.value, "seed": config.seed}

@@ -1,5 +1,6 @@
 """Behaviour cloning, Decision Transformer and CQL against plain numpy, and on four devices against one."""
 
+import dataclasses
 import functools
 import re
 import types
@@ -13,7 +14,7 @@ from entry_points import ROOT
 from scipy import stats
 from transform_checks import check_transforms
 
-from tt_jax import bc, cql, data_parallel, decision_transformer, learners, rollouts, trajectories
+from tt_jax import bc, cql, data_parallel, decision_transformer, learners, rollouts, spaces, trajectories
 
 DT = decision_transformer
 LENGTHS = [3, 5, 1]
@@ -150,6 +151,25 @@ def test_updates_of_behaviour_cloning_bring_the_policy_to_the_data(data):
     for _ in range(400):
         state, _ = update(state, store)
     np.testing.assert_allclose(module.act(state.params, data.observations, config=config), data.actions, atol=0.05)
+
+
+def test_behaviour_cloning_of_discrete_actions_learns_their_frequencies(data):
+    """Where all observations are equal, the least loss is the entropy, summed over the dimensions."""
+    actions = np.float32([[0, 5]] * 5 + [[1, 5]] * 3 + [[2, 6]])
+    columns = spaces.Columns(low=np.array([0, 5]), high=np.array([2, 6]), is_discrete=np.ones(2, bool))
+    alike = dataclasses.replace(
+        data, observations=np.zeros_like(data.observations), actions=actions, action_columns=columns
+    )
+    module, config, store, state = make_learner(bc, alike, learning_rate=1e-2)
+    update = jax.jit(functools.partial(module.update, config=config))
+    for _ in range(400):
+        state, metrics = update(state, store)
+    entropy = stats.entropy([5 / 9, 3 / 9, 1 / 9]) + stats.entropy([8 / 9, 1 / 9])
+    np.testing.assert_allclose(metrics["actor_loss"], entropy, rtol=1e-3)
+    np.testing.assert_array_equal(module.act(state.params, alike.observations[:2], config=config), [[0, 5]] * 2)
+    for other in (cql, DT):
+        with pytest.raises(ValueError, match="are discrete, this method needs a Box"):
+            other.prepare(alike, SETTINGS[other])
 
 
 def test_the_best_episodes_are_those_of_the_largest_returns_in_their_order(data):

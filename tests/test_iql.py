@@ -354,6 +354,85 @@ def test_q_of_a_chain_is_that_of_dynamic_programming_and_near_the_optimum():
     assert np.all(action > 0.4), "the policy goes right in every cell"
 
 
+VALUES = np.float32([[0, 1, 2], [5, 6, np.inf]])  # of two discrete dimensions
+GRID_CONFIG = iql.IQLConfig(
+    observation_dim=9,
+    action_dim=2,
+    hidden_dims=(32, 32),
+    expectile=0.99,
+    temperature=20.0,
+    discount=0.8,
+    tau=0.05,
+    learning_rate=2e-3,
+    reward_units="raw",
+)
+
+
+def grid():
+    """Nine cells; a step goes by 0, 1 or 2 less 1 in x and by 5 or 6 less 5 in y; entering the corner gives 1, ends."""
+    x, y, a, b = (each.ravel() for each in np.meshgrid(np.arange(3), np.arange(3), VALUES[0], VALUES[1, :2]))
+    after = np.clip(x + a - 1, 0, 2) + 3 * np.clip(y + b - 5, 0, 2)
+    cell, after, cells = x + 3 * y, after.astype(int), np.eye(9)
+    order = np.argsort(cell, kind="stable")  # [9 cells * 6 actions]
+    actions, at_goal = np.stack([a, b], axis=1), after == 8
+    batch = transitions(cells[cell], actions, at_goal * 1.0, 1.0 - at_goal, cells[after])
+    return jax.tree.map(lambda x: jnp.asarray(x[order], jnp.float32), batch), after[order].reshape(9, 6)
+
+
+def expectile(values, tau):
+    """Return the value v at which tau sum (values - v)+ = (1 - tau) sum (v - values)+, by bisection."""
+    low, high = values.min(), values.max()
+    for _ in range(60):
+        v = (low + high) / 2
+        excess = np.where(values > v, tau, 1 - tau) @ (values - v)
+        low, high = (v, high) if excess > 0 else (low, v)
+    return v
+
+
+def grid_q(after, *, tau, discount):
+    """Iterate Q [9, 6] = 1 at the goal, else discount * V, where V is the expectile over the six actions."""
+    q = np.zeros([9, 6])
+    for _ in range(60):
+        v = np.array([q_of_cell.max() if tau == 1 else expectile(q_of_cell, tau) for q_of_cell in q])
+        q = np.where(after == 8, 1.0, discount * v[after])
+    return q
+
+
+def test_q_of_discrete_actions_is_that_of_value_iteration_and_the_policy_is_the_best():
+    batch, after = grid()
+    units = iql.fit_units(batch, config=GRID_CONFIG, action_values=VALUES)
+    state = iql.init(jax.random.key(0), config=GRID_CONFIG, units=units)
+    train = jax.jit(lambda s: jax.lax.scan(lambda s, _: iql.update(s, batch, config=GRID_CONFIG), s, length=4000))
+    params = train(state)[0].params
+    q = iql.q_values(params, batch.observations, batch.actions).reshape(2, 9, 6)
+    np.testing.assert_allclose(q, np.stack([grid_q(after, tau=0.99, discount=0.8)] * 2), atol=0.02)
+    optimal = grid_q(after, tau=1, discount=0.8)
+    np.testing.assert_allclose(q.min(axis=0), optimal, atol=0.05)
+    cells = jnp.eye(9, dtype=jnp.float32)
+    action = np.asarray(iql.mean_action(params, cells))
+    chosen = (action[:, 0] * 2 + action[:, 1] - 5).astype(int)  # in the order of the batch
+    np.testing.assert_array_equal(optimal[np.arange(9), chosen], optimal.max(axis=1))
+    np.testing.assert_array_equal(iql.sample_action(params, jax.random.key(0), cells, temperature=0.0), action)
+
+
+def test_discrete_actions_are_drawn_as_likely_as_they_are():
+    """Frequencies against exp(log_prob), whose sum over all actions is 1; a key per row draws alone as among others."""
+    batch, _ = grid()
+    units = iql.fit_units(batch, config=GRID_CONFIG, action_values=VALUES)
+    params = iql.init(jax.random.key(5), config=GRID_CONFIG, units=units).params
+    observed, actions = batch.observations[:6], batch.actions[:6]  # one cell, all actions
+    log_probs = iql.log_prob(params, observed, iql.normalize_actions(params, actions))
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1, rtol=1e-5)
+    assert np.ptp(np.exp(log_probs)) > 0.05
+    drawn = iql.sample_action(params, jax.random.key(1), jnp.repeat(observed[:1], 20_000, axis=0))
+    frequencies = np.mean(np.all(drawn[:, None] == np.asarray(actions)[None], axis=-1), axis=0)
+    np.testing.assert_allclose(frequencies, np.exp(log_probs), atol=0.015)
+    keys = jax.random.split(jax.random.key(2), 6)
+    together = iql.sample_action(params, keys, observed)
+    alone = check_transforms(lambda key, row: iql.sample_action(params, key, row), keys, observed)
+    np.testing.assert_array_equal(together, alone)
+
+
 # One program for many seeds and many devices
 
 

@@ -86,8 +86,10 @@ def test_discrete_spaces_are_taken_as_they_are(write):
     np.testing.assert_array_equal(columns.low, [-1, 0, 0, 0, 0, 0, 0])
     np.testing.assert_array_equal(columns.high, [2, 2, 3, 4, 5, 1, 1])
     assert columns.is_discrete.all() and data.action_columns.values(0).tolist() == [5, 6, 7]
+    assert trajectories.action_values(data).tolist() == [[5, 6, 7]]
+    np.testing.assert_array_equal(trajectories.transitions(data).actions, data.actions)
     with pytest.raises(ValueError, match="actions of test/made-v0 are discrete"):
-        trajectories.transitions(data)
+        trajectories.action_bounds(data)
 
 
 def test_numbers_outside_of_their_discrete_space_are_refused(write):

@@ -1,6 +1,7 @@
 """Behaviour cloning: the policy that makes the data's actions, all or those of the best episodes, most likely.
 
-The policy is that of IQL, a Gaussian whose mean depends on the observation; parameters are {"actor", "units"} of `iql`.
+The policy is that of IQL, a Gaussian whose mean depends on the observation or, of discrete actions, a categorical
+distribution; parameters are {"actor", "units"} of `iql`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tt_jax import iql, learners, networks, rollouts, trajectories, types
+from tt_jax import iql, learners, rollouts, trajectories, types
 
 TRAIN = learners.TrainConfig(num_steps=50_000, log_every=1_000, eval_every=10_000, checkpoint_every=10_000)
 
@@ -57,7 +58,7 @@ def standardized_transitions(
         normalize_observations=True,
         reward_units=reward_units,
     )
-    return iql.fit_units(steps, config=config, action_bounds=trajectories.action_bounds(data)), steps
+    return iql.fit_units(steps, config=config, **trajectories.action_units(data)), steps
 
 
 batch = learners.take  # [B] of the transitions
@@ -65,8 +66,7 @@ batch = learners.take  # [B] of the transitions
 
 def init(rng_key: chex.PRNGKey, *, config: Config, units: types.Params) -> learners.State:
     """Return the state before the first update."""
-    policy = networks.Policy((*config.hidden_dims, config.action_dim))
-    actor = policy.init(rng_key, jnp.zeros([1, config.observation_dim]))["params"]
+    actor = iql.init_actor(rng_key, config=config, action_values=units.get("action_values"))
     return learners.State(
         params={"actor": actor, "units": jax.tree.map(jnp.asarray, units)},
         opt_state={"actor": optax.scale_by_adam().init(actor)},
@@ -92,7 +92,7 @@ def update(
     actions = iql.normalize_actions(state.params, batch.actions)
 
     def loss(actor):
-        return -jnp.mean(iql.log_prob(actor, observations, actions)), {}
+        return -jnp.mean(iql.log_prob(state.params | {"actor": actor}, observations, actions)), {}
 
     actor, opt_state, metrics = learners.descend("actor", loss, config.learning_rate, state=state, axis_name=axis_name)
     return state.replace(
@@ -107,6 +107,6 @@ def encode(episodes: Sequence[rollouts.Episode], *, config: Config) -> np.ndarra
 
 
 def act(params: types.Params, observations: chex.Array, *, config: Config) -> chex.Array:
-    """Return the policy's mean actions [B, A], within their bounds, at observations [B, N]."""
+    """Return the policy's mean actions [B, A], within their bounds, or the likeliest, at observations [B, N]."""
     del config
-    return iql.policy(params, observations)[0]
+    return iql.mean_action(params, observations)

@@ -53,6 +53,7 @@ class Config:
 
 def prepare(data: trajectories.Trajectories, settings: dict) -> tuple[Config, types.Params, types.Transitions]:
     """Return the configuration with the data's sizes, the units, and what is learned from."""
+    trajectories.action_bounds(data)  # refuses discrete actions
     config = Config(observation_dim=data.observations.shape[1], action_dim=data.actions.shape[1], **settings)
     return config, *bc.standardized_transitions(data, reward_units=config.reward_units)
 

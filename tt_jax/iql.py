@@ -1,12 +1,13 @@
 """Implicit Q-Learning (Kostrikov et al. 2021, arXiv 2110.06169): networks, losses, update, Q-values and policy.
 
 Twin critics Q, a value V fitted to an upper expectile of Q over the data's actions, a target critic that follows Q, and
-a Gaussian policy by advantage-weighted regression. Parameters are a nested dict of arrays
+a policy by advantage-weighted regression: a Gaussian, or a categorical distribution per dimension of discrete actions,
+which enter Q one-hot. Parameters are a nested dict of arrays
 
-    actor, value                  those of a `networks.Policy` and of an `networks.MLP`
+    actor, value                  those of a `networks.Policy`, or {"mlp": logits}, and of an `networks.MLP`
     critic, target_critic         those of `networks.Critics`, whose leaves are stacked over the two critics
     units                         mean and deviation of the observations, center and half-width of the actions, scale
-                                  and shift of the rewards
+                                  and shift of the rewards; if actions are discrete, their values
 
 so that they bring their units along: every function here takes observations, actions and rewards
 as the environment has them. Networks have derivatives of reverse mode alone (`jax.grad`, `jax.vjp`).
@@ -14,6 +15,7 @@ as the environment has them. Networks have derivatives of reverse mode alone (`j
 
 import dataclasses
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -75,15 +77,15 @@ class IQLState:
 def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None = None) -> IQLState:
     """Return the state before the first update: orthogonal matrices with gain sqrt(2), outputs included, biases 0.
 
-    `units` come from `fit_units`; without them observations and rewards are left as they are. All arrays are float32.
-    Raises ValueError if the units are of another observation size.
+    `units` come from `fit_units`, which know whether actions are discrete; without them observations and rewards are
+    left as they are. All arrays are float32. Raises ValueError if the units are of another observation size.
     """
     actor_key, critic_key, value_key, dropout_key = jax.random.split(rng_key, 4)
     observation_dim, action_dim, hidden = config.observation_dim, config.action_dim, config.hidden_dims
-    observation = jnp.zeros([1, observation_dim])
-    inputs = jnp.zeros([2, 1, observation_dim + action_dim])  # of both critics
+    observation, values = jnp.zeros([1, observation_dim]), (units or {}).get("action_values")
+    inputs = jnp.zeros([2, 1, observation_dim + (action_dim if values is None else values.size)])  # of both critics
     learned = {
-        "actor": networks.Policy((*hidden, action_dim)).init(actor_key, observation)["params"],
+        "actor": init_actor(actor_key, config=config, action_values=values),
         "critic": networks.Critics((*hidden, 1)).init(critic_key, inputs)["params"],
         "value": networks.MLP((*hidden, 1)).init(value_key, observation)["params"],
     }
@@ -103,6 +105,14 @@ def init(rng_key: chex.PRNGKey, *, config: IQLConfig, units: types.Params | None
         step=jnp.zeros([], jnp.int32),
         dropout_key=jax.random.key_data(dropout_key),
     )
+
+
+def init_actor(rng_key: chex.PRNGKey, *, config: Any, action_values: chex.Array | None = None) -> types.Params:
+    """Return an untrained policy of the sizes in `config`, for the units' `action_values` [A, n] if they are there."""
+    observation, hidden = jnp.zeros([1, config.observation_dim]), config.hidden_dims
+    if action_values is None:
+        return networks.Policy((*hidden, config.action_dim)).init(rng_key, observation)["params"]
+    return {"mlp": networks.MLP((*hidden, action_values.size)).init(rng_key, observation)["params"]}
 
 
 def update(
@@ -134,7 +144,7 @@ def update(
 
     def actor_loss(actor):
         dropout_fn = _dropout_fn(state, len(actions), config, axis_name) if config.actor_dropout else None
-        likelihood = log_prob(actor, observations, actions, dropout_fn)
+        likelihood = log_prob(params | {"actor": actor}, observations, actions, dropout_fn)
         return -jnp.mean(weights * likelihood), {"advantage": jnp.mean(advantage)}
 
     def critic_loss(critic):
@@ -161,11 +171,11 @@ def q_values(params: types.Params, observation: chex.Array, action: chex.Array) 
     pass `params | {"critic": params["target_critic"]}`. Raises ValueError if the last axes are not those trained on.
     """
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
-    _check_size("action", action, params["actor"]["log_std"].shape[-1])
+    _check_size("action", action, params["units"]["action_scale"].shape[-1])
     leading = jnp.broadcast_shapes(observation.shape[:-1], action.shape[:-1])
     observation = jnp.broadcast_to(standardize(params, observation), (*leading, observation.shape[-1]))
-    action = normalize_actions(params, action)
-    return critics(params["critic"], observation, jnp.broadcast_to(action, (*leading, action.shape[-1])))
+    action = jnp.broadcast_to(action, (*leading, action.shape[-1]))
+    return critics(params["critic"], observation, normalize_actions(params, action))
 
 
 def values(params: types.Params, observation: chex.Array) -> chex.Array:
@@ -175,27 +185,43 @@ def values(params: types.Params, observation: chex.Array) -> chex.Array:
 
 
 def policy(params: types.Params, observation: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Return the mean [..., A] of the actions at observation [..., N], within their bounds, and their deviation [A]."""
+    """Return the mean [..., A] of actions at observation [..., N], within their bounds, and their deviation [A].
+
+    Discrete actions have neither, see `mean_action` and `sample_action`.
+    """
     _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
     mean, std = _policy(params["actor"], standardize(params, observation))
     center, scale = action_units(params, mean)
     return center + scale * mean, params["units"]["action_scale"] * std
 
 
+def mean_action(params: types.Params, observation: chex.Array) -> chex.Array:
+    """Return the policy's mean action [..., A] at observation [..., N], of discrete ones the likeliest."""
+    if is_discrete(params):
+        return _likeliest(params, _action_logits(params, observation))
+    return policy(params, observation)[0]
+
+
 def sample_action(
     params: types.Params, rng_key: chex.PRNGKey, observation: chex.Array, *, temperature: chex.Numeric = 1.0
 ) -> chex.Array:
-    """Draw actions [..., A], clipped to their bounds, at observation [..., N]; temperature 0 gives the mean.
+    """Draw actions [..., A], clipped to their bounds, at observation [..., N]; temperature 0 gives `mean_action`.
 
     `rng_key` is one key, or one per observation, so that an action does not depend on the other observations. The
-    temperature multiplies the deviation. Raises ValueError as `q_values`.
+    temperature multiplies the deviation, and divides the logits of discrete actions. Raises ValueError as `q_values`.
     """
+
+    def draw(distribution, shape):
+        if not rng_key.ndim:
+            return distribution(rng_key, shape)
+        draw_one = functools.partial(distribution, shape=shape[observation.ndim - 1 :])
+        return jax.vmap(draw_one)(rng_key.reshape(-1)).reshape(shape)
+
+    if is_discrete(params):
+        logits = _action_logits(params, observation)
+        return _likeliest(params, logits + temperature * draw(jax.random.gumbel, logits.shape))
     mean, std = policy(params, observation)
-    if rng_key.ndim:
-        draw_fn = functools.partial(jax.random.normal, shape=std.shape)
-        noise = jax.vmap(draw_fn)(rng_key.reshape(-1)).reshape(mean.shape)
-    else:
-        noise = jax.random.normal(rng_key, mean.shape)
+    noise = draw(jax.random.normal, mean.shape)
     center, scale = action_units(params, mean)
     return jnp.clip(mean + temperature * noise * jnp.broadcast_to(std, mean.shape), center - scale, center + scale)
 
@@ -217,11 +243,13 @@ def fit_units(
     *,
     config: IQLConfig,
     action_bounds: tuple[np.ndarray, np.ndarray] | None = None,
+    action_values: np.ndarray | None = None,
 ) -> types.Params:
     """Measure on the whole dataset [n], in numpy, the units in which the networks work, as the configuration says.
 
     Returns observation_mean and observation_std [N], action_center and action_scale [A], reward_scale and reward_shift
     [], all float32. The `action_bounds`, lowest and highest [A], are +-1 to the networks; None leaves actions alone.
+    The `action_values` [A, n] of discrete actions, see `trajectories.action_values`, are returned with them.
     Observations: mean 0 and deviation 1 per dimension (deviations below 1e-3 count as 1e-3), or as they are. Rewards:
     "raw"; "minus_one", 1 less per step; "return_range", multiplied by 1000 / (largest - smallest return), with the
     episodes told apart as in the reference (see `episode_ends`), so the rows must be in the order they were made.
@@ -233,6 +261,8 @@ def fit_units(
         low, high = (np.asarray(bound, np.float32) for bound in action_bounds)
         units["action_center"] = (low + high) / 2
         units["action_scale"] = np.where(low < high, (high - low) / 2, np.float32(1))
+    if action_values is not None:
+        units["action_values"] = np.asarray(action_values, np.float32)
     if config.normalize_observations:
         observations = np.asarray(transitions.observations, np.float64)
         units["observation_mean"] = observations.mean(axis=0).astype(np.float32)
@@ -278,8 +308,8 @@ def _value(value, observations):
 
 
 def critics(critic: types.Params, observations: chex.Array, actions: chex.Array) -> chex.Array:
-    """Return both critics [2, ...] at standardised observations [..., N] and normalised actions [..., A]."""
-    inputs = jnp.concatenate([observations, actions], axis=-1)
+    """Return both critics [2, ...] at standardised observations [..., N] and actions of `normalize_actions`."""
+    inputs = jnp.concatenate([observations, actions.reshape(*observations.shape[:-1], -1)], axis=-1)
     inputs = jnp.broadcast_to(inputs, (2, *inputs.shape))  # else a CPU reorders the result of a shared product
     return networks.Critics(networks.sizes(critic)).apply({"params": critic}, inputs)[..., 0]  # [2, ...]
 
@@ -289,15 +319,37 @@ def _policy(actor, observations, dropout_fn=None):
 
 
 def log_prob(
-    actor: types.Params,
+    params: types.Params,
     observations: chex.Array,
     actions: chex.Array,
     dropout_fn: networks.DropoutFn | None = None,
 ) -> chex.Array:
-    """Return the log-density [...] of normalised actions [..., A] at standardised observations [..., N]."""
-    mean, std = _policy(actor, observations, dropout_fn)
+    """Return the log-density [...] of actions of `normalize_actions` at standardised observations [..., N]."""
+    if is_discrete(params):
+        log_probs = jax.nn.log_softmax(_logits(params, observations, dropout_fn), axis=-1)
+        return jnp.sum(jnp.where(actions > 0, log_probs, 0), axis=(-2, -1))
+    mean, std = _policy(params["actor"], observations, dropout_fn)
     std = jnp.broadcast_to(std, mean.shape)
     return jnp.sum(jax.scipy.stats.norm.logpdf(actions, mean, std), axis=-1)
+
+
+def _logits(params, observations, dropout_fn=None):
+    """Return logits [..., A, n] of discrete actions at standardised observations [..., N], -inf where there is none."""
+    mlp, values = params["actor"]["mlp"], params["units"]["action_values"]
+    logits = networks.MLP(networks.sizes(mlp)).apply({"params": mlp}, observations, dropout_fn)
+    logits = logits.reshape(*observations.shape[:-1], *values.shape)
+    return jnp.where(jnp.isfinite(jnp.broadcast_to(values, logits.shape)), logits, -jnp.inf)
+
+
+def _action_logits(params, observation):
+    _check_size("observation", observation, params["actor"]["mlp"]["Dense_0"]["kernel"].shape[-2])
+    return _logits(params, standardize(params, observation))
+
+
+def _likeliest(params, logits):
+    """Return the actions [..., A] with the largest of the logits [..., A, n]."""
+    values = jnp.broadcast_to(params["units"]["action_values"], logits.shape)
+    return jnp.take_along_axis(values, jnp.argmax(logits, axis=-1, keepdims=True), axis=-1)[..., 0]
 
 
 def _dropout_fn(state, num_rows, config, axis_name):
@@ -340,8 +392,18 @@ def action_units(params: types.Params, actions: chex.Array) -> tuple[chex.Array,
     return tuple(jnp.broadcast_to(params["units"][f"action_{name}"], actions.shape) for name in ("center", "scale"))
 
 
+def is_discrete(params: types.Params) -> bool:
+    """Whether the actions are discrete."""
+    return "action_values" in params["units"]
+
+
 def normalize_actions(params: types.Params, actions: chex.Array) -> chex.Array:
-    """Bring actions [..., A] of the environment to the networks' +-1."""
+    """Bring actions [..., A] of the environment to the networks' +-1, or, discrete ones, to one-hot [..., A, n]."""
+    if is_discrete(params):
+        values = params["units"]["action_values"]
+        shape = (*actions.shape, values.shape[-1])
+        distance = jnp.broadcast_to(actions[..., None], shape) - jnp.broadcast_to(values, shape)
+        return jnp.float32(jnp.abs(distance) < 0.5)  # the values are whole numbers
     center, scale = action_units(params, actions)
     return (actions - center) / scale
 

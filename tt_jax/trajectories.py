@@ -150,10 +150,34 @@ def transitions(trajectories: Trajectories) -> types.Transitions:
 
     Only real terminals have `not_terminal` 0: a truncated episode goes on for a Q-function, and its last step is left
     out where the observation after it is not known. Actions beyond the bounds of `action_bounds` are clipped, with a
-    warning in the log, and all are kept just inside. Raises ValueError if actions are discrete.
+    warning in the log, and all are kept just inside; discrete ones are left as they are.
     """
-    low, high = action_bounds(trajectories)
+    last_rows = trajectories.offsets[1:] - 1
+    observations = trajectories.observations.astype(np.float32)
+    next_observations = np.empty_like(observations)
+    next_observations[:-1] = observations[1:]
+    next_observations[last_rows] = trajectories.final_observations
+    not_terminal = np.ones(len(next_observations), np.float32)
+    not_terminal[last_rows[trajectories.terminated]] = 0
+    steps = types.Transitions(
+        observations=observations,
+        actions=_clipped_actions(trajectories),
+        rewards=trajectories.rewards.astype(np.float32),
+        not_terminal=not_terminal,
+        next_observations=next_observations,
+    )
+    if trajectories.final_known is None or (trajectories.final_known | trajectories.terminated).all():
+        return steps
+    is_used = np.ones(len(observations), bool)
+    is_used[last_rows[~trajectories.final_known & ~trajectories.terminated]] = False
+    return jax.tree.map(lambda rows: rows[is_used], steps)
+
+
+def _clipped_actions(trajectories):
     actions = trajectories.actions.astype(np.float32)
+    if action_values(trajectories) is not None:
+        return actions
+    low, high = action_bounds(trajectories)
     num_outside = int(np.sum(((actions < low) | (actions > high)).any(axis=1)))
     if num_outside:
         logging.getLogger(__name__).warning(
@@ -164,25 +188,25 @@ def transitions(trajectories: Trajectories) -> types.Transitions:
             low.tolist(),
             high.tolist(),
         )
-    last_rows = trajectories.offsets[1:] - 1
-    observations = trajectories.observations.astype(np.float32)
-    next_observations = np.empty_like(observations)
-    next_observations[:-1] = observations[1:]
-    next_observations[last_rows] = trajectories.final_observations
-    not_terminal = np.ones(len(next_observations), np.float32)
-    not_terminal[last_rows[trajectories.terminated]] = 0
-    steps = types.Transitions(
-        observations=observations,
-        actions=clip_actions(actions, low=low, high=high),
-        rewards=trajectories.rewards.astype(np.float32),
-        not_terminal=not_terminal,
-        next_observations=next_observations,
-    )
-    if trajectories.final_known is None or (trajectories.final_known | trajectories.terminated).all():
-        return steps
-    is_used = np.ones(len(actions), bool)
-    is_used[last_rows[~trajectories.final_known & ~trajectories.terminated]] = False
-    return jax.tree.map(lambda rows: rows[is_used], steps)
+    return clip_actions(actions, low=low, high=high)
+
+
+def action_units(trajectories: Trajectories) -> dict:
+    """Return `action_values`, or else `action_bounds`, by these names, as `iql.fit_units` takes them."""
+    values = action_values(trajectories)
+    return {"action_bounds": action_bounds(trajectories)} if values is None else {"action_values": values}
+
+
+def action_values(trajectories: Trajectories) -> np.ndarray | None:
+    """Return the values [A, n] float32 of discrete actions, rows with fewer than n end in inf; None for a Box."""
+    columns = trajectories.action_columns
+    if columns is None or not columns.is_discrete.all():
+        return None
+    rows = [columns.values(column) for column in range(columns.size)]
+    values = np.full([len(rows), max(map(len, rows))], np.inf, np.float32)
+    for padded, row in zip(values, rows, strict=True):
+        padded[: len(row)] = row
+    return values
 
 
 def action_bounds(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
@@ -196,8 +220,8 @@ def action_bounds(trajectories: Trajectories) -> tuple[np.ndarray, np.ndarray]:
         return -ones, ones
     if columns.is_discrete.any():
         raise ValueError(
-            f"the actions of {trajectories.dataset_id} are discrete, Q-learning here needs a Box of them; "
-            "the transformer plans without it, by predicted returns or by likelihood."
+            f"the actions of {trajectories.dataset_id} are discrete, this method needs a Box of them; the transformer, "
+            "IQL and behaviour cloning take both."
         )
     widest = np.maximum(np.abs(trajectories.actions).max(axis=0), 1.0)
     is_bounded = np.isfinite(columns.low) & np.isfinite(columns.high)

@@ -99,7 +99,7 @@ def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
 
 def stack_learners(params: types.Params) -> types.Params:
     """Give the parameters of a run with one seed the leading axis of the seeds that those of several have."""
-    return params if params["actor"]["log_std"].ndim == 2 else jax.tree.map(lambda leaf: leaf[None], params)
+    return params if params["units"]["reward_scale"].ndim == 1 else jax.tree.map(lambda leaf: leaf[None], params)
 
 
 def restore_planner(
@@ -215,9 +215,8 @@ def compile_policy(policy: rollouts.Policy, observation_dim: int, max_batch: int
 
 
 def mean_action_fn(params: types.Params) -> Callable[[np.ndarray], np.ndarray]:
-    """Return act_fn(observation [B, N]) -> [B, A], the mean of an IQL policy."""
-    params = jax.device_put(params)
-    act = jax.jit(lambda params, observation: iql.sample_action(params, jax.random.key(0), observation, temperature=0))
+    """Return act_fn(observation [B, N]) -> [B, A], the mean of an IQL policy, or its likeliest discrete action."""
+    params, act = jax.device_put(params), jax.jit(iql.mean_action)
 
     def act_fn(observation):  # in batches of a power of two, so that few programs are compiled
         size = 1 << (len(observation) - 1).bit_length()

@@ -65,7 +65,7 @@ def _learners(config, loaded, transitions, num_rows, train_config):
         observation_dim=transitions.observations.shape[1],
         action_dim=transitions.actions.shape[1],
     )
-    units = iql.fit_units(transitions, config=iql_config, action_bounds=trajectories.action_bounds(loaded))
+    units = iql.fit_units(transitions, config=iql_config, **trajectories.action_units(loaded))
     configs = {"config": train_config, "iql_config": iql_config}
     fresh = iql_training.init(config.seed, units=units, **configs)
     return iql_config, fresh, iql_training.make_train_fn(num_transitions=num_rows, **configs)
