@@ -1,6 +1,6 @@
 """Tells what commands say of their arguments, without running them: flags, fields of the configuration, and settings.
 
-A process of its own, as importing a command declares flags: `python command_lines.py`, with JSON on stdin and stdout.
+A process of its own, as importing a command declares flags: `python -m tests.command_lines`, JSON on stdin and stdout.
 A line is [command, *arguments]; the command "" stands for any that has all of these flags.
 """
 

@@ -84,8 +84,8 @@ def test_commands_take_the_arguments_that_are_written():
     assert len(lines) > 200
     tried = [(command, *_filled_in(arguments)) for _, command, arguments in lines]
     different = list(dict.fromkeys(tried))
-    script = [sys.executable, ROOT / "tests" / "command_lines.py"]
-    done = subprocess.run(script, input=json.dumps(different), capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-m", "tests.command_lines"]
+    done = subprocess.run(command, input=json.dumps(different), capture_output=True, text=True, cwd=ROOT)
     assert not done.returncode, done.stderr
     complaints = dict(zip(different, json.loads(done.stdout), strict=True))
     wrong = [(line, complaints[each]) for line, each in zip(lines, tried, strict=True) if complaints[each]]

@@ -186,8 +186,8 @@ def draw_numbers(found, path) -> None:
     panels = top.subplots(1, len(attention.RELATIONS))
     for axes, name in zip(panels, attention.RELATIONS, strict=True):
         rows = [head["shares"][name] for head in heads]
-        axes.bar(places, [r["mean"] for r in rows], yerr=[r["standard_error"] or 0 for r in rows], color="tab:blue")
-        axes.plot(places, [r["untrained"] for r in rows], "x", color="tab:red", label="untrained model")
+        axes.bar(places, [r["mean"] for r in rows], yerr=[r["standard_error"] or 0 for r in rows], color=figures.BLUE)
+        axes.plot(places, [r["untrained"] for r in rows], "x", color=figures.VERMILION, label="untrained model")
         axes.axhline(rows[0]["uniform"], color="0.3", linestyle=":", label="uniform attention")
         axes.set_xticks(places, [f"{head['layer']}.{head['head']}" for head in heads], rotation=90)
         axes.set(title=TITLES[name], xlabel="layer.head", ylim=(0, None))

@@ -236,14 +236,15 @@ def _draw_paths(experiment, played, data):
             colours = figures.draw_values(axes, maze, observations[:, :2], values)
         figures.draw_maze(axes, maze)
         paths, successes = records[0]["positions"][:SHOWN_EPISODES], records[0]["successes"][:SHOWN_EPISODES]
-        line_colours = ["white" if success else figures.VERMILION for success in successes]
+        line_colours = ["white" if success else figures.BLACK for success in successes]
         figures.draw_trajectories(axes, paths, [goal] * len(paths), colours=line_colours)
         share = np.mean([record["successes"].mean() for record in records])
         axes.set_title(f"{METHODS[name]}: {100 * share:.0f}% reach the goal")
+    figure.suptitle("White paths reach the goal, black ones do not")
     for axes in grid.flat[len(played) :]:
         axes.remove()
     if values is not None:
-        figure.colorbar(colours, ax=grid, label="V (IQL)", shrink=0.8)
+        figure.colorbar(colours, ax=grid, label="V of IQL", shrink=0.8)
     figures.save(figure, experiment.workdir / "figures" / "maze.png")
 
 
@@ -255,7 +256,7 @@ def _draw_bars(workdir, summaries):
     means, errors = ([row[kind][part] or 0.0 for row in summaries.values()] for part in ("mean", "standard_error"))
     figure = Figure(figsize=(1.3 * len(summaries) + 1.5, 4.5), layout="constrained")
     axes = figure.subplots()
-    colours = ["0.6" if name in LEARNERS else "tab:blue" for name in summaries]
+    colours = ["0.6" if name in LEARNERS else figures.BLUE for name in summaries]
     axes.bar([METHODS[name].replace(" ", "\n") for name in summaries], means, yerr=errors, capsize=4, color=colours)
     axes.set(ylabel=labels[kind])
     axes.grid(axis="y", alpha=0.3)

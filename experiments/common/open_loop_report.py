@@ -10,16 +10,16 @@ RESAMPLES = 100  # of the bootstrap over starts
 _LOWEST = -1e6  # log-density of a diverged prediction, so that it can be written down
 
 STYLES = {  # title, colour and line of each model
-    "transformer": ("transformer, sampled", "tab:blue", "-"),
-    "transformer_median": ("transformer, median", "tab:cyan", "-"),
-    "transformer_greedy": ("transformer, likeliest bin", "tab:purple", "-"),
-    "transformer_own_actions": ("sampled, own actions", "tab:blue", ":"),
-    "transformer_median_own_actions": ("median, own actions", "tab:cyan", ":"),
-    "transformer_greedy_own_actions": ("likeliest bin, own actions", "tab:purple", ":"),
-    "markov": ("transformer with one transition", "tab:green", "-"),
-    "ensemble_ts1": ("ensemble, TS-1", "tab:red", "-"),
-    "ensemble_tsinf": ("ensemble, TS-infinity", "tab:orange", "-"),
-    "ensemble_ts1_bounded": ("ensemble, TS-1, within the data's range", "tab:red", "--"),
+    "transformer": ("transformer, sampled", figures.BLUE, "-"),
+    "transformer_median": ("transformer, median", figures.SKY, "-"),
+    "transformer_greedy": ("transformer, likeliest bin", figures.PURPLE, "-"),
+    "transformer_own_actions": ("sampled, own actions", figures.BLUE, ":"),
+    "transformer_median_own_actions": ("median, own actions", figures.SKY, ":"),
+    "transformer_greedy_own_actions": ("likeliest bin, own actions", figures.PURPLE, ":"),
+    "markov": ("transformer with one transition", figures.GREEN, "-"),
+    "ensemble_ts1": ("ensemble, TS-1", figures.VERMILION, "-"),
+    "ensemble_tsinf": ("ensemble, TS-infinity", figures.ORANGE, "-"),
+    "ensemble_ts1_bounded": ("ensemble, TS-1, within the data's range", figures.VERMILION, "--"),
     "deterministic": ("deterministic network", "0.5", "-"),
 }
 REFERENCE = ("any state of the data", "black", "-.")

@@ -10,14 +10,8 @@ from matplotlib.figure import Figure
 from experiments.common import control, figures
 from tt_jax import sequence_planner
 
-# Okabe and Ito's colours, which the colour-blind tell apart, and markers for print.
-STYLES = list(
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#B8A800"),
-        "osD^vP*Xh",
-        strict=True,
-    )
-)
+# A colour and a marker, for print, of each planner.
+STYLES = list(zip((*figures.COLOURS[:6], figures.BLACK, "0.6", "#B8A800"), "osD^vP*Xh", strict=True))
 
 
 def table(rows: list[dict]) -> list[str]:

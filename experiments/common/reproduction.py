@@ -219,7 +219,7 @@ def _draw(workdir: pathlib.Path, found: dict):
     figures.draw_learning_curve(left, workdir / "tt")
     rows = [record for record in found["policies"].values() if record["return"]["mean"] is not None]
     errors = [row["return"]["standard_error"] or 0.0 for row in rows]
-    right.barh([row["title"] for row in rows], [row["return"]["mean"] for row in rows], xerr=errors, color="tab:blue")
+    right.barh([row["title"] for row in rows], [row["return"]["mean"] for row in rows], xerr=errors, color=figures.BLUE)
     right.axvline(found["data"]["return"]["mean"], color="0.4", linestyle="--", label="mean of the data")
     right.invert_yaxis()
     right.set(xlabel="return", title=found["dataset"])
