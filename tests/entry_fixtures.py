@@ -1,5 +1,6 @@
-"""What the tests of the entry points share: imported programs, datasets, and a trained run."""
+"""What the tests of the entry points share: a process that runs programs, datasets, and a trained run."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -17,28 +18,45 @@ from tt_jax import environments
 
 
 @pytest.fixture(scope="session")
-def entry_point(tmp_path_factory, datasets):
+def server():
+    """The process that runs the entry points."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        text=True,
+    )
+
+    yield process
+    process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def entry_point(server, tmp_path_factory, datasets):
     """A function from the name of an entry point to its EntryPoint."""
-    servers = {}
+
+    @functools.cache
+    def find(name):
+        return EntryPoint(
+            module=f"experiments.{name}",
+            server=server,
+            folder=tmp_path_factory.mktemp(name),
+            environment={"MINARI_DATASETS_PATH": str(datasets)},
+        )
+
+    return find
+
+
+@pytest.fixture
+def own_entry_point(server, tmp_path):
+    """A function from the name of an entry point to its EntryPoint in tmp_path, where its datasets are, too."""
 
     def find(name):
-        if name not in servers:
-            servers[name] = EntryPoint(
-                server=subprocess.Popen(
-                    [sys.executable, "-c", SERVER, f"experiments.{name}"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-                    text=True,
-                ),
-                folder=tmp_path_factory.mktemp(name),
-                environment={"MINARI_DATASETS_PATH": str(datasets)},
-            )
-        return servers[name]
+        environment = {"MINARI_DATASETS_PATH": str(tmp_path)}
+        return EntryPoint(module=f"experiments.{name}", server=server, folder=tmp_path, environment=environment)
 
-    yield find
-    for each in servers.values():
-        each.server.communicate(timeout=60)
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Entry points as users run them, each command in a process of its own, and the settings that their tests use.
 
-Importing an entry point takes seconds. So one process per entry point imports it and then forks for every command line,
+Importing what the entry points share takes seconds. So one process imports it and then forks for every command line,
 before jax has started a backend or a thread.
 """
 
@@ -35,10 +35,12 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0"
 BOX = [*MAZE, "--config.data.observation_keys=()"]  # for datasets without Dict observations
 
 SERVER = """
-import gc, importlib, json, os, sys
+import gc, importlib, json, os, pkgutil, sys
+from experiments import common
 from experiments.common import entry
 
-program = importlib.import_module(sys.argv[1])
+for module in pkgutil.iter_modules(common.__path__):
+    importlib.import_module(f"experiments.common.{module.name}")
 gc.freeze()  # commands that end do not clean up what they share
 for line in sys.stdin:
     request = json.loads(line)
@@ -53,6 +55,7 @@ os.chdir(request["folder"])
 os.environ.update(request["environment"])
 for descriptor, name in enumerate(("/dev/null", "stdout", "stderr")):
     os.dup2(os.open(name, os.O_CREAT | (os.O_WRONLY | os.O_TRUNC if descriptor else os.O_RDONLY)), descriptor)
+program = importlib.import_module(request["module"])  # only now: a process has the flags of one entry point
 sys.argv = [program.__file__, *request["arguments"]]
 entry.run(program.main)
 """
@@ -76,17 +79,22 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class EntryPoint:
-    """An imported entry point, ready to be run; one command at a time."""
+    """An entry point, ready to be run; the server runs one command at a time."""
 
+    module: str
     server: subprocess.Popen
-    folder: pathlib.Path  # working directory of the commands
+    folder: pathlib.Path  # working directory of the commands, where their modules are found, too
     environment: dict[str, str]
 
     def start(self, *arguments, devices=1) -> int:
         """Start a command on `devices` CPU devices and return its process id."""
         flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count={devices}"
-        environment = self.environment | {"XLA_FLAGS": flags}
-        request = {"folder": str(self.folder), "environment": environment, "arguments": arguments}
+        request = {
+            "module": self.module,
+            "folder": str(self.folder),
+            "environment": {"XLA_FLAGS": flags} | self.environment,
+            "arguments": arguments,
+        }
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
@@ -96,13 +104,17 @@ class EntryPoint:
         code = int(self.server.stdout.readline())
         return Finished(code, *((self.folder / name).read_bytes().decode() for name in ("stdout", "stderr")))
 
-    def stop_when(self, condition, number, *arguments) -> Finished:
-        """Run a command until `condition()` holds, send it the signal `number` and wait for its end."""
+    def start_until(self, condition, *arguments) -> int:
+        """Start a command, wait until `condition()` holds and return its process id."""
         child = self.start(*arguments)
         while not condition():
             assert pathlib.Path(f"/proc/{child}/cwd").exists(), (self.folder / "stderr").read_text()
             time.sleep(0.001)
-        os.kill(child, number)
+        return child
+
+    def stop_when(self, condition, number, *arguments) -> Finished:
+        """Run a command until `condition()` holds, send it the signal `number` and wait for its end."""
+        os.kill(self.start_until(condition, *arguments), number)
         return self.wait()
 
     def __call__(self, *arguments, **kwargs) -> Finished:

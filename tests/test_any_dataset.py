@@ -197,7 +197,8 @@ def test_keys_of_numbers_are_taken_where_none_are_named(train, train_iql, plan, 
         assert done.code == 0, done.stderr
         run = checkpoints.restore(tmp_path / workdir).run
         assert run["data"]["observation_keys"] == ["observation", "desired_goal"]
-    done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", "--num_episodes=1")
+    few = ["--num_episodes=1", "--plan.horizon=2", "--plan.beam_width=2", "--plan.replan_every=2"]
+    done = plan(f"--workdir={tmp_path}/tt", f"--iql_workdir={tmp_path}/iql", *few)
     assert done.code == 0, done.stderr
     again = train(*TINY, "--dataset=test/maze-v0", f"--workdir={tmp_path}/tt")
     assert "is done: 10 of 10 steps" in again.stdout

@@ -1,10 +1,6 @@
 """The waypoint controller, and the datasets recorded with it."""
 
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import minari
 import numpy as np
@@ -13,7 +9,8 @@ import pytest
 from experiments.common import recording, waypoint_controller
 from tt_jax import environments
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["entry_fixtures"]
+
 MAZE = [
     [1, 1, 1, 1, 1],
     [1, 0, 0, "g", 1],
@@ -27,17 +24,6 @@ MAZE = [
 def env():
     with environments.make("PointMaze_UMaze-v3", reward_type="dense") as env:
         yield env
-
-
-def run_collect(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.collect", *arguments],
-        cwd=folder,  # MuJoCo leaves its log where it runs
-        env=os.environ | {"MINARI_DATASETS_PATH": str(folder), "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_next_cell_walks_the_shortest_path_round_the_wall():
@@ -101,11 +87,12 @@ def test_unknown_environments_are_reported():
         environments.make("PointMaze_Nowhere-v3")
 
 
-def test_collect_records_a_dataset_from_which_its_environment_is_recovered(monkeypatch, tmp_path):
+def test_collect_records_a_dataset_from_which_its_environment_is_recovered(own_entry_point, monkeypatch, tmp_path):
+    collect = own_entry_point("collect")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     arguments = ["--env=PointMaze_UMaze-v3", "--dataset=tt/pointmaze/made-v0", "--steps=700", "--seed=1"]
-    result = run_collect(tmp_path, *arguments)
-    assert result.returncode == 0, result.stderr
+    result = collect(*arguments)
+    assert result.code == 0, result.stderr
     dataset = minari.load_dataset("tt/pointmaze/made-v0")
     assert [len(episode) for episode in dataset] == [300, 300, 300]  # whole episodes, at least 700 steps
     for episode in dataset:
@@ -120,14 +107,14 @@ def test_collect_records_a_dataset_from_which_its_environment_is_recovered(monke
         rewards = [env.step(action)[1] for action in episode.actions]
     np.testing.assert_allclose(rewards, episode.rewards, rtol=1e-6)
 
-    result = run_collect(tmp_path, "--env=AntMaze_UMaze-v5", "--dataset=tt/ant-v0")
-    assert result.returncode == 2
+    result = collect("--env=AntMaze_UMaze-v5", "--dataset=tt/ant-v0")
+    assert result.code == 2
     assert "--env=AntMaze_UMaze-v5 must be one of" in result.stderr
-    result = run_collect(tmp_path, *arguments)
-    assert result.returncode == 2
+    result = collect(*arguments)
+    assert result.code == 2
     assert "tt/pointmaze/made-v0 already exists" in result.stderr
-    result = run_collect(tmp_path, *arguments, "--overwrite", "--steps=300", "--reward=sparse")
-    assert result.returncode == 0, result.stderr
+    result = collect(*arguments, "--overwrite", "--steps=300", "--reward=sparse")
+    assert result.code == 0, result.stderr
     dataset = minari.load_dataset("tt/pointmaze/made-v0")
     assert dataset.total_steps == 300
     assert set(np.unique(dataset[0].rewards)) <= {0.0, 1.0}

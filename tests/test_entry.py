@@ -13,11 +13,12 @@ import time
 import ml_collections
 import numpy as np
 import pytest
+from entry_points import ROOT, EntryPoint
 
 from experiments.common import entry, metrics
 from tt_jax import checkpoints, types
 
-ROOT = pathlib.Path(__file__).parents[1]
+pytest_plugins = ["entry_fixtures"]
 
 PROGRAM = """
 import time
@@ -56,20 +57,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def program(tmp_path):
+def program(server, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    return [sys.executable, str(tmp_path / "program.py")]
-
-
-def _environment(devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-
-
-def _run(program, *arguments):
-    command = [*program, *arguments]
-    cwd = pathlib.Path(program[1]).parent
-    return subprocess.run(command, cwd=cwd, env=_environment(), capture_output=True, text=True, check=False)
+    return EntryPoint(module="program", server=server, folder=tmp_path, environment={})
 
 
 @pytest.mark.parametrize(
@@ -89,8 +79,8 @@ def _run(program, *arguments):
     ],
 )
 def test_exit_codes_and_one_line_errors(program, arguments, code, message):
-    done = _run(program, *arguments)
-    assert done.returncode == code, done.stderr
+    done = program(*arguments)
+    assert done.code == code, done.stderr
     if message is None:
         assert done.stderr == ""
         assert done.stdout.startswith("tt_jax ")
@@ -100,30 +90,29 @@ def test_exit_codes_and_one_line_errors(program, arguments, code, message):
 
 
 def test_what_was_not_foreseen_shows_its_traceback(program):
-    done = _run(program, "--mode=bug")
-    assert done.returncode == 1
+    done = program("--mode=bug")
+    assert done.code == 1
     assert "Traceback" in done.stderr and "unforeseen" in done.stderr
 
 
 def test_configuration_fields_can_be_overridden(program, tmp_path):
     keys = "--config.data.observation_keys=('achieved_goal', 'observation')"
     config = f"--config={ROOT}/experiments/configs/maze.py"
-    done = _run(program, "--mode=config", config, keys, "--config.data.termination_penalty=-1.5", "--config.seed=4")
+    done = program("--mode=config", config, keys, "--config.data.termination_penalty=-1.5", "--config.seed=4")
     assert "('achieved_goal', 'observation')" in done.stdout, done.stderr
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["seed"], saved["dataset"], saved["data"]["termination_penalty"]) == (4, "a/b-v0", -1.5)
 
 
+def _is_waiting(program):
+    output = program.folder / "stdout"
+    return output.exists() and "waiting" in output.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_run_save_and_exit_with_75(program, number):
-    command = [*program, "--mode=wait"]
-    with subprocess.Popen(command, env=_environment(), stdout=-1, stderr=-1, text=True) as process:
-        while "waiting" not in process.stdout.readline():
-            assert process.poll() is None
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert errors == "program: saved at step 7.\n"
+    done = program.stop_when(lambda: _is_waiting(program), number, "--mode=wait")
+    assert (done.code, done.stderr) == (75, "program: saved at step 7.\n")
 
 
 @pytest.mark.parametrize(
@@ -134,28 +123,32 @@ def test_a_signal_lets_the_run_save_and_exit_with_75(program, number):
     ],
 )
 def test_a_signal_ends_what_does_not_answer(program, mode, signals, message):
-    command = [*program, f"--mode={mode}"]
-    with subprocess.Popen(command, env=_environment(), stdout=-1, stderr=-1, text=True) as process:
-        while "waiting" not in process.stdout.readline():
-            assert process.poll() is None
-        started = time.monotonic()
-        for _ in range(signals):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.6)
-            still_runs = process.poll() is None
-        _, errors = process.communicate(timeout=60)
+    child = program.start_until(lambda: _is_waiting(program), f"--mode={mode}")
+    started = time.monotonic()
+    for _ in range(signals):
+        os.kill(child, signal.SIGTERM)
+        time.sleep(0.6)
+        still_runs = pathlib.Path(f"/proc/{child}/cwd").exists()
+    done = program.wait()
     assert time.monotonic() - started < 5
     assert still_runs == (mode == "hang")  # once it may be busy with saving
-    assert (process.returncode, errors) == (75, f"program: {message}\n")
+    assert (done.code, done.stderr) == (75, f"program: {message}\n")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(program):
+def test_a_signal_to_one_of_two_processes_stops_both(program, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
-    shared = [*program, "--mode=wait", f"--coordinator_address={address}", "--num_processes=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    shared = [
+        sys.executable,
+        str(tmp_path / "program.py"),
+        "--mode=wait",
+        f"--coordinator_address={address}",
+        "--num_processes=2",
+    ]
     processes = [
-        subprocess.Popen([*shared, f"--process_id={i}"], env=_environment(2), stdout=-1, stderr=-1, text=True)
+        subprocess.Popen([*shared, f"--process_id={i}"], env=environment, stdout=-1, stderr=-1, text=True)
         for i in range(2)
     ]
     lines = []

@@ -1,10 +1,5 @@
 """D4RL files, written here in D4RL's layout, become Minari datasets."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import gymnasium
 import h5py
 import minari
@@ -13,7 +8,7 @@ import pytest
 
 from experiments.common import d4rl
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
+pytest_plugins = ["entry_fixtures"]
 
 
 def flat_data(num_steps=10, *, terminals=(), timeouts=(), observation_dim=11, action_dim=3, seed=0):
@@ -33,17 +28,6 @@ def write_file(path, data):
         for name, array in data.items():
             file[name] = array
     return str(path)
-
-
-def run_import(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.import_d4rl", *arguments],
-        cwd=folder,  # MuJoCo leaves its log where it runs
-        env=os.environ | {"MINARI_DATASETS_PATH": str(folder), "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_episodes_end_at_terminals_and_timeouts_and_the_tail_is_truncated(tmp_path):
@@ -178,14 +162,15 @@ def test_npz_files_are_read_in_either_layout(tmp_path, caplog):
         np.testing.assert_array_equal(episode.truncations, [False, False, True])
 
 
-def test_two_files_make_one_dataset_with_reference_scores(monkeypatch, tmp_path):
+def test_two_files_make_one_dataset_with_reference_scores(own_entry_point, monkeypatch, tmp_path):
+    run_import = own_entry_point("import_d4rl")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     medium, expert = flat_data(6, terminals=[2], timeouts=[5]), flat_data(4, timeouts=[3], seed=1)
     medium_path = write_file(tmp_path / "medium.hdf5", medium)
     expert_path = write_file(tmp_path / "expert.hdf5", expert)
     arguments = [f"--files={medium_path},file://{expert_path}", "--env=Hopper-v5", "--dataset=d4rl/hopper/made-v0"]
-    result = run_import(tmp_path, *arguments)
-    assert result.returncode == 0, result.stderr
+    result = run_import(*arguments)
+    assert result.code == 0, result.stderr
     dataset = minari.load_dataset("d4rl/hopper/made-v0")
     assert [len(episode) for episode in dataset] == [3, 3, 4]
     actions = np.concatenate([episode.actions for episode in dataset])
@@ -194,9 +179,9 @@ def test_two_files_make_one_dataset_with_reference_scores(monkeypatch, tmp_path)
     assert dataset.env_spec.id == "Hopper-v5"
     np.testing.assert_allclose(minari.get_normalized_score(dataset, np.array([-20.272305, 3234.3])), [0, 1])
 
-    result = run_import(tmp_path, *arguments)
-    assert result.returncode == 2
+    result = run_import(*arguments)
+    assert result.code == 2
     assert "already exists" in result.stderr
-    result = run_import(tmp_path, *arguments, "--overwrite", "--env=HalfCheetah-v5")
-    assert result.returncode == 2
+    result = run_import(*arguments, "--overwrite", "--env=HalfCheetah-v5")
+    assert result.code == 2
     assert "actions do not fit --env=HalfCheetah-v5" in result.stderr

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_sequence_planner import ONE_LAYER, SPEC, random_params
 
-from experiments.common import planner_study
+from experiments.common import planner_study, planners
 from tt_jax import action_planner, checkpoints, rollouts, sequence_planner, tokenization, trajectories
 
 pytest_plugins = ["entry_fixtures"]
@@ -45,19 +45,19 @@ def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
         search_config=action_planner.SearchConfig(),
         data_config=trajectories.DataConfig(),
         make_env=Clock,
-        seeds=range(5, 8),
+        seeds=range(5, 9),
         num_envs=2,
         reference=None,
         check_fn=lambda: None,
     )
     recorded = planner_study.record(study)
-    assert [(episode.seed, episode.length) for episode in recorded] == [(5, 22), (6, 22), (7, 22)]
+    assert [(episode.seed, episode.length) for episode in recorded] == [(seed, 22) for seed in range(5, 9)]
     ((cell, cell_config),) = planner_study.cells(plan_config, [("shoot", (3, 4)), ("shoot", (3, 4))])
     row = planner_study.promise_and_keep(study, cell, cell_config, recorded)
     # From steps 0, 10 and 20, where the third action would come after the end.
     real = [1 + 0.5 * 2 + 0.25 * 3, 11 + 0.5 * 12 + 0.25 * 13, 21 + 0.5 * 22]
     np.testing.assert_allclose(row["real"]["mean"], np.mean(real), rtol=1e-6)
-    np.testing.assert_allclose(row["real"]["standard_error"], np.std(3 * real, ddof=1) / 3, rtol=1e-6)
+    np.testing.assert_allclose(row["real"]["standard_error"], np.std(4 * real, ddof=1) / 12**0.5, rtol=1e-6)
 
     # The same by hand, with the library's own planner.
     plan_fn = jax.jit(action_planner.make_shoot_plan_fn(config=ONE_LAYER, plan_config=plan_config))
@@ -90,33 +90,37 @@ def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
 
 @pytest.fixture(scope="module")
 def command(entry_point, trained):
-    planners = entry_point("planners")
+    program = entry_point("planners")
     # The programs are those of the tests of `plan`, which need not be compiled again.
     plan = {"horizon": 2, "beam_width": 3, "num_expand": 2, "context_transitions": 2}
     arguments = [f"--plan.{name}={value}" for name, value in plan.items()]
     arguments += ["--num_episodes=2", "--max_episode_steps=3", "--search.num_iterations=2", "--out=planners.json"]
-    return planners.folder, lambda *more: planners(f"--workdir={trained}", *arguments, *more)
+    return program.folder, lambda *more: program(f"--workdir={trained}", *arguments, *more)
 
 
-def read_rows(folder, study):
-    return json.loads((folder / "planners.json").read_text())["studies"][study]
+def read_rows(folder, study, name="planners"):
+    return json.loads((folder / f"{name}.json").read_text())["studies"][study]
 
 
-def test_planners_play_the_same_episodes_and_what_is_done_stays(command):
-    folder, run = command
-    done = run("--candidates=3")
+def check_budgets(folder, done, cells, name="planners"):
+    """Check the rows of the study of budgets against its (planner, horizon, candidates), and return them."""
     assert done.code == 0, done.stderr
-    rows = read_rows(folder, "budgets")
-    names = ["reward", "likelihood", "shoot", "mppi", "cem", "tree"]
-    cells = [(name, 2, 3) for name in names] + [(name, 1, 1) for name in ("sample", "median", "greedy")]
+    rows = read_rows(folder, "budgets", name)
     assert [(row["planner"], row["horizon"], row["candidates"]) for row in rows] == cells
     for row in rows:
         assert [episode["seed"] for episode in row["episodes"]] == [0, 1]
         assert row["return"]["mean"] == np.mean([episode["return"] for episode in row["episodes"]])
         assert row["ms_per_action"] > 0
         assert f"{row['return']['mean']:.2f} ± " in done.stdout
+    return rows
+
+
+def test_planners_play_the_same_episodes_and_what_is_done_stays(command):
+    folder, run = command
+    done = run("--planners=reward,sample", "--candidates=3")
+    rows = check_budgets(folder, done, [("reward", 2, 3), ("sample", 1, 1)])
     assert (folder / "planners_budgets.png").stat().st_size > 5000
-    again = run("--planners=reward,greedy", "--candidates=3,1")
+    again = run("--planners=reward,sample", "--candidates=3,1")
     assert again.code == 0, again.stderr
     more = read_rows(folder, "budgets")
     assert more[:-1] == rows and (more[-1]["planner"], more[-1]["candidates"]) == ("reward", 1)
@@ -125,12 +129,29 @@ def test_planners_play_the_same_episodes_and_what_is_done_stays(command):
     assert (other.code, other.error) == (2, message)
 
 
+ALL = [(name, 2, 3) for name in ("reward", "likelihood", "shoot", "mppi", "cem", "tree")]
+ALL += [(name, 1, 1) for name in ("sample", "median", "greedy")]  # search nothing
+
+
+def test_every_planner_has_a_cell_with_the_budget_that_it_can_use():
+    plan_config = sequence_planner.PlanConfig(horizon=5, beam_width=7)
+    found = planner_study.cells(plan_config, [(name, (2, 3)) for name in planners.PLANNERS])
+    assert [(cell.planner, cell.horizon, cell.candidates) for cell, _ in found] == ALL
+    assert all((config.horizon, config.beam_width) == (cell.horizon, cell.candidates) for cell, config in found)
+
+
+@pytest.mark.slow  # nine programs
+def test_all_planners_are_compared_unless_some_are_named(command):
+    folder, run = command
+    check_budgets(folder, run("--candidates=3", "--out=all.json"), ALL, "all")
+
+
 def test_the_grid_and_the_search_go_into_the_same_file(command):
     folder, run = command
     done = run("--study=grid", "--horizons=1,2", "--candidates=1,3")
     assert done.code == 0, done.stderr
     assert {(row["horizon"], row["candidates"]) for row in read_rows(folder, "grid")} == {(1, 3), (2, 3), (2, 1)}
-    done = run("--study=search", "--horizons=1,2", "--candidates=2")
+    done = run("--study=search", "--horizons=1,2", "--candidates=3")
     assert done.code == 0, done.stderr
     one, two = read_rows(folder, "search")
     assert one["observation_error"]["mean"] is None and two["observation_error"]["mean"] > 0

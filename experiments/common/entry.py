@@ -206,10 +206,14 @@ def _start():
             ) from error
     # A cache that cannot be written, on a full disk for one, or was written in part, costs time alone.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-    default_cache = str(pathlib.Path.home() / ".cache" / "tt_jax")
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", default_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    cache = {
+        "jax_compilation_cache_dir": str(pathlib.Path.home() / ".cache" / "tt_jax"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in cache.items():
+        if name.upper() not in os.environ:  # which jax has read
+            jax.config.update(name, value)
     if is_main_process():
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
         processes = f"{jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
