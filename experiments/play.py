@@ -13,7 +13,7 @@ import jax
 from absl import flags
 
 from experiments.common import baselines, control, datasets, entry, run_flags, signals
-from tt_jax import minari_files
+from tt_jax import minari_files, rollouts
 
 WORKDIR, STEP = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.step()
 NUM_EPISODES = run_flags.num_episodes(default=20, help="Episodes to play.", lower_bound=1)
@@ -35,10 +35,10 @@ def main(_):
     data_config = datasets.data_config(run["data"])
     place = {"env_id": ENV.value, "trust": TRUST.value, "goal": run["eval"]["goal"]}
     make_env = functools.partial(control.make_env, run, **place)
-    envs = control.vectorize(make_env, num_envs, spec=checkpoint.config, config=data_config)
+    envs = control.vectorize(lambda: rollouts.Guarded(make_env()), num_envs, spec=checkpoint.config, config=data_config)
     reference = None if ENV.value else minari_files.reference_scores(run["dataset"])
 
-    found = {}
+    found, failed = {}, []
     for target, policy in policies.items():
         started = time.time()
         title = f"play, target {target}" if target else "play"
@@ -46,9 +46,11 @@ def main(_):
             check_fn = functools.partial(preemption.check, title)
             played = control.play(envs, policy, seeds=seeds, config=data_config, title=title, check_fn=check_fn)
         episodes, num_plans = control.gather_played(*played)
+        episodes, failures = control.without_failures(episodes)
+        failed += failures
         seconds = time.time() - started
         speed = {"num_plans": num_plans, "plans_per_second": num_plans / seconds, "wall_time_s": seconds}
-        found[target] = control.summarize(episodes, reference) | speed
+        found[target] = control.summarize(episodes, reference) | {"failures": failures} | speed
     if not entry.is_main_process():
         return
     common = {"checkpoint_step": checkpoint.step, "environment": envs.envs[0].spec.id, "dataset": run["dataset"]}
@@ -62,6 +64,7 @@ def main(_):
     for target, summary in found.items():
         print(f"target {target}:" if target else "", end=" " if target else "")
         control.print_summary(common | summary, out)
+    control.check_failures(failed, num_episodes=NUM_EPISODES.value * len(policies), out=OUT.value)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,40 @@ def test_play_takes_no_older_checkpoint_unasked(entry_point, trained, tmp_path):
     assert (results["checkpoint_step"], results["settings"]["step"]) == (20, 20)
 
 
+FRAGILE = """
+import gymnasium
+from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
+
+
+class Fragile(PointMazeEnv):
+    def reset(self, *, seed=None, options=None):
+        self.is_broken = seed == 8
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.is_broken:
+            raise OSError("no licence")
+        return super().step(action)
+
+
+gymnasium.register("Fragile-v0", "fragile:Fragile", max_episode_steps=3)
+"""
+
+
+def test_play_keeps_the_episodes_in_which_the_environment_did_not_raise(entry_point, trained):
+    play = entry_point("play")
+    (play.folder / "fragile.py").write_text(FRAGILE)
+    done = play(f"--workdir={trained / 'bc'}", "--num_episodes=3", "--seed=7", "--env=fragile:Fragile-v0")
+    assert done.code == 1
+    assert done.error == (
+        "play: the environment failed in 1 of 3 episodes, first with seed 8 after 0 steps: OSError: no licence; the "
+        "others are in results.json."
+    )
+    results = json.loads((play.folder / "results.json").read_text())
+    assert [(episode["seed"], episode["length"]) for episode in results["episodes"]] == [(7, 3), (9, 3)]
+    assert results["failures"] == [{"seed": 8, "length": 0, "error": "OSError: no licence"}]
+
+
 def test_every_method_plays_the_same_episodes_for_every_seed(entry_point, trained):
     compare = entry_point("compare")
     command = [*SMALL, f"--workdir={trained}", "--num_seeds=2", "--num_episodes=3"]
@@ -166,12 +200,17 @@ def test_every_method_plays_the_same_episodes_for_every_seed(entry_point, traine
         (["--config.baselines.dt.embed_dim=9", "--config.baselines.dt.num_heads=2", "--methods=bc"], "dt.embed_dim=9"),
         (["--config.model.max_transitions=2"], "plan.window=(3, 2) exceeds model.max_transitions=2; set"),
         (["--dataset=test/gone-v0"], "Dataset test/gone-v0 not found"),
+        (
+            ["--dataset=test/within-v0", "--config.data.observation_keys=()"],
+            "the dataset names no environment; methods are compared in the environment that their dataset names",
+        ),
     ],
-    ids=["unknown", "heads", "window", "dataset"],
+    ids=["unknown", "heads", "window", "dataset", "environment"],
 )
 def test_mistakes_are_told_in_one_line(entry_point, tmp_path, arguments, message):
     done = entry_point("compare")(*SMALL, f"--workdir={tmp_path}", *arguments)
     assert (done.code, message in done.error) == (2, True), done.stderr
+    assert not list(tmp_path.glob("*/checkpoints"))
     # The workdir is free for other settings.
     again = entry_point("compare")(*SMALL, f"--workdir={tmp_path}", "--dataset=test/gone-v0", "--seed=1")
     assert (again.code, "Dataset test/gone-v0 not found" in again.error) == (2, True), again.stderr

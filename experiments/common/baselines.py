@@ -30,12 +30,13 @@ class Baseline:
 
     title: str
     module: types.ModuleType
+    takes_discrete: bool = False  # actions
     settings: Mapping = dataclasses.field(default_factory=dict)
 
 
 BASELINES = {
-    "bc": Baseline("behaviour cloning", bc),
-    "bc10": Baseline("behaviour cloning, best 10%", bc, {"best_share": 0.1}),
+    "bc": Baseline("behaviour cloning", bc, takes_discrete=True),
+    "bc10": Baseline("behaviour cloning, best 10%", bc, takes_discrete=True, settings={"best_share": 0.1}),
     "dt": Baseline("Decision Transformer", decision_transformer),
     "cql": Baseline("CQL", cql),
 }

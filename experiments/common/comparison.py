@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.common import baselines, control, entry, figures, iql_run, learner_run, stages, transformer_run
-from tt_jax import iql, minari_files, rollouts, trajectories, transformer
+from tt_jax import environments, iql, minari_files, rollouts, trajectories, transformer
 
 LEARNERS = {name: baseline.title for name, baseline in baselines.BASELINES.items()} | {"iql": "IQL"}
 METHODS = LEARNERS | {  # title by name
@@ -48,6 +48,7 @@ def compare(
     def run():
         data = learner_run.load(config, method="every baseline", num_seeds=num_seeds, download=download)
         config.data.observation_keys = data.config.observation_keys
+        _check(data, methods)
         train = functools.partial(_train, experiment, download=download)
         for name in LEARNERS:
             if name in methods or (name == "iql" and "tt_q" in methods):
@@ -80,6 +81,21 @@ def compare(
 
     done = stages.results(experiment, numbers, run, is_complete=lambda parts: parts["methods"].keys() >= set(methods))
     stages.report(experiment, _table(done))
+
+
+def _check(data, methods):
+    """Raise UsageError, before the training, if there is no environment or a method does not take the actions."""
+    try:
+        _make_env(data.run).close()
+    except environments.Unavailable as error:
+        raise entry.UsageError(
+            f"{error}; methods are compared in the environment that their dataset names, which must be of gymnasium or "
+            "registered on this machine."
+        ) from error
+    needs_box = [name for name, baseline in baselines.BASELINES.items() if not baseline.takes_discrete]
+    if trajectories.action_values(data.trajectories) is not None and not set(needs_box).isdisjoint(methods):
+        able = ",".join(name for name in METHODS if name not in needs_box)
+        raise entry.UsageError(f"{' and '.join(needs_box)} take no discrete actions; set --methods={able}, or fewer.")
 
 
 def _transformer(config, name, seed):

@@ -322,6 +322,16 @@ def without_failures(episodes: Sequence[rollouts.Episode]) -> tuple[list[rollout
     return [each for each in episodes if not each.error], failures
 
 
+def check_failures(failures: Sequence[dict], *, num_episodes: int, out: str | None = None) -> None:
+    """Raise entry.Failed if the environment failed in some of the episodes; `out` is where the others are."""
+    if failures:
+        kept = f"; the others are in {out}." if out else "."
+        raise entry.Failed(
+            f"the environment failed in {len(failures)} of {num_episodes} episodes, first "
+            f"{tell_failure(failures[0])}{kept}"
+        )
+
+
 def tell_failure(failure: dict) -> str:
     """Say in which episode, where in it and how the environment failed."""
     return f"with seed {failure['seed']} after {failure['length']} steps: {failure['error']}"

@@ -178,14 +178,19 @@ def play(
     title: str,
     num_envs: int = 32,
 ) -> tuple[list[rollouts.Episode], dict[str, float]]:
-    """Play one episode per seed in at most `num_envs` environments until told to stop; see `control.play`."""
-    envs = rollouts.vectorize(make_env, min(len(seeds), num_envs))
+    """Play one episode per seed in at most `num_envs` environments until told to stop; see `control.play`.
+
+    Raises entry.Failed if the environment does.
+    """
+    envs = rollouts.vectorize(lambda: rollouts.Guarded(make_env()), min(len(seeds), num_envs))
     config = datasets.data_config(experiment.config.data)
     check_fn = functools.partial(experiment.preemption.check, title)
     with experiment.preemption.doing(title):
-        played = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
+        episodes, counts = control.play(envs, policy, seeds=seeds, config=config, title=title, check_fn=check_fn)
     envs.close()
-    return played
+    _, failures = control.without_failures(episodes)
+    control.check_failures(failures, num_episodes=len(seeds))
+    return episodes, counts
 
 
 def collect(
