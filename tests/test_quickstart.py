@@ -2,51 +2,60 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from entry_points import ROOT, EntryPoint
 
 from tt_jax import checkpoints, environments
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-COMMAND = [
-    *(sys.executable, "-m", "experiments.quickstart", "--workdir=run", "--data_episodes=4", "--num_episodes=2"),
-    *("--config.train.num_steps=6", "--config.train.batch_size=8", "--config.train.log_every=2"),
-    *("--config.train.eval_every=3", "--config.train.checkpoint_every=3", "--config.model.num_layers=1"),
-    *("--config.model.num_heads=1", "--config.model.embed_dim=8", "--config.plan.beam_width=2"),
+pytest_plugins = ["entry_fixtures"]
+
+SMALL = [
+    "--workdir=run",
+    "--data_episodes=4",
+    "--num_episodes=2",
+    "--config.train.num_steps=6",
+    "--config.train.batch_size=8",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=3",
+    "--config.train.checkpoint_every=3",
+    "--config.model.num_layers=1",
+    "--config.model.num_heads=1",
+    "--config.model.embed_dim=8",
+    "--config.plan.beam_width=2",
+    "--config.plan.replan_every=10",
 ]
-
-
-def _environment():
-    return os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
-
-
-def _quickstart(folder, *arguments):
-    command = [*COMMAND, *arguments]
-    return subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True, check=False)
+AS_USERS_HAVE_IT = {"XLA_FLAGS": ""}  # compiled as always
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Interrupt the quickstart while it collects, start it again, and return its folder and what both runs said."""
+def quickstart(server, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
-    with subprocess.Popen(COMMAND, cwd=folder, env=_environment(), stdout=-1, stderr=-1, text=True) as process:
+    return EntryPoint(module="experiments.quickstart", server=server, folder=folder, environment=AS_USERS_HAVE_IT)
+
+
+@pytest.fixture(scope="module")
+def finished(quickstart):
+    """Interrupt the quickstart while it collects, start it again, and return its folder and what both runs said."""
+    folder, environment = quickstart.folder, os.environ | AS_USERS_HAVE_IT | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "experiments.quickstart", *SMALL]
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True) as process:
         while "1/4" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=300)
-    return folder / "run", (process.returncode, errors), _quickstart(folder)
+    return folder / "run", (process.returncode, errors), quickstart(*SMALL)
 
 
 def test_an_interrupted_run_goes_on(finished):
     _, (code, errors), done = finished
     assert code == 75
     assert "quickstart: stopped" in errors and "Traceback" not in errors
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
 
 
 def test_the_run_leaves_data_model_results_and_figures(finished):
@@ -102,18 +111,17 @@ def test_the_checkpoint_brings_the_environment_back(finished):
     np.testing.assert_allclose(rewards, 5 * np.exp(-distance), rtol=1e-6)
 
 
-def test_a_finished_run_says_so_at_once(finished):
-    workdir, _, first = finished
-    again = _quickstart(workdir.parent)
-    assert again.returncode == 0, again.stderr
+def test_a_finished_run_says_so_at_once(quickstart, finished):
+    *_, first = finished
+    again = quickstart(*SMALL)
+    assert again.code == 0, again.stderr
     assert "run is done" in again.stdout
     table = [line for line in first.stdout.splitlines() if line.startswith("beam search")]
     assert table and table[-1] in again.stdout
     assert "collect" not in again.stderr and "train:" not in again.stderr
 
 
-def test_a_workdir_of_other_settings_is_refused(finished):
-    workdir, *_ = finished
-    refused = _quickstart(workdir.parent, "--seed=1")
-    assert refused.returncode == 2
-    assert "use another --workdir" in refused.stderr and refused.stderr.count("\n") == 1
+def test_a_workdir_of_other_settings_is_refused(quickstart, finished):
+    refused = quickstart(*SMALL, "--seed=1")
+    assert refused.code == 2
+    assert "use another --workdir" in refused.error
