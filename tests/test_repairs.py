@@ -1,6 +1,6 @@
 """Repairs of the score keep a search to actions that the model finds likely."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -85,24 +85,32 @@ def test_the_least_likely_share_of_an_environments_candidates_is_left_out():
     )
 
 
-@pytest.mark.parametrize("ends", [False, True])
-def test_the_transformers_own_probabilities_are_added_to_the_score_until_the_episode_ends(ends):
-    # Plans of two steps, which fit the window, so that one pass over all tokens gives the probabilities.
-    params, roots = random_params(config=ONE_LAYER), random_roots(size=0, lengths=[0, 0])
+@functools.cache
+def shoot_fn(weight):
+    """Return the compiled plan(ends, params, *roots) of two steps, which fit the window, with the likelihood's weight.
+
+    If it `ends`, the last token of the second observation says that all is over.
+    """
     plan_config = sequence_planner.PlanConfig(
-        horizon=2, beam_width=1, num_expand=1, window=(3, 2), discount=0.9, action_cdf=0.0
+        horizon=2, beam_width=1, num_expand=1, window=(3, 2), discount=0.9, action_cdf=0.0, likelihood_weight=weight
     )
 
-    def draw_fn(rng_key, logits, call_index):  # the last token of the second observation may say that all is over
-        is_last = call_index == SPEC.transition_dim - 1
-        return jnp.full(logits.shape[:-1], jnp.where(ends & is_last, SPEC.stop_token, 3))
+    def plan(ends, *arguments):
+        def draw_fn(rng_key, logits, call_index):
+            is_last = call_index == SPEC.transition_dim - 1
+            return jnp.full(logits.shape[:-1], jnp.where(ends & is_last, SPEC.stop_token, 3))
 
-    def plan(weight):
-        changed = dataclasses.replace(plan_config, likelihood_weight=weight)
-        plan_fn = action_planner.make_shoot_plan_fn(config=ONE_LAYER, plan_config=changed, draw_fn=draw_fn)
-        return jax.jit(plan_fn)(params, *roots)
+        settings = {"config": ONE_LAYER, "plan_config": plan_config, "draw_fn": draw_fn}
+        return action_planner.make_shoot_plan_fn(**settings)(*arguments)
 
-    plain, plans = plan(0.0), plan(0.5)
+    return jax.jit(plan)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_the_transformers_own_probabilities_are_added_to_the_score_until_the_episode_ends(ends):
+    # One pass over all tokens gives the probabilities.
+    params, roots = random_params(config=ONE_LAYER), random_roots(size=0, lengths=[0, 0])
+    plain, plans = (shoot_fn(weight)(ends, params, *roots) for weight in (0.0, 0.5))
     np.testing.assert_array_equal(plain.tokens, plans.tokens)
     assert (plans.tokens == SPEC.stop_token).any() == ends
     tokens = plans.tokens.reshape(2, -1)

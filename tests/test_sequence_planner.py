@@ -196,6 +196,7 @@ class Case:
     lengths: tuple[int, ...]
     horizon: int
     settings: dict = dataclasses.field(default_factory=dict)
+    config: transformer.TransformerConfig = CONFIG
 
 
 CASES = {
@@ -209,12 +210,14 @@ CASES = {
     "window_3_1_percentile": Case((3, 1), 3, (3, 1, 2), 6, {"percentile": 0.4, "temperature": 1.5, "reward_top_k": 0}),
     # It slides when 5 and again when 10 transitions are planned.
     "window_10_5": Case((10, 5), 5, (5, 3, 0), 12, {"observation_top_k": 2, "reward_cdf": 0.3, "reward_top_k": 3}),
-    "near_the_median": Case((3, 2), 2, (2, 0), 3, {"action_central": 0.4, "observation_top_k": 0}),
-    "no_context_one_environment": Case((5, 4), 0, (0,), 7, {"observation_top_k": 0}),
-    "stops_go_on_one_environment": Case((2, 1), 1, (1,), 4, {"stop_ends_episode": False, "observation_cdf": 0.5}),
+    "near_the_median": Case((3, 2), 2, (2, 0), 3, {"action_central": 0.4, "observation_top_k": 0}, ONE_LAYER),
+    "no_context_one_environment": Case((5, 4), 0, (0,), 7, {"observation_top_k": 0}, ONE_LAYER),
+    "stops_go_on_one_environment": Case(
+        (2, 1), 1, (1,), 4, {"stop_ends_episode": False, "observation_cdf": 0.5}, ONE_LAYER
+    ),
     "the_present_alone": Case((1, 0), 2, (2, 0, 1), 1, {"action_cdf": 0.0, "reward_top_k": 0}),
     # More beams than are read together, many of them with the same past: cdf filters leave few actions.
-    "many_beams": Case((4, 3), 2, (2, 0), 5, {"beam_width": 40, "num_expand": 2}),
+    "many_beams": Case((4, 3), 2, (2, 0), 5, {"beam_width": 40, "num_expand": 2}, ONE_LAYER),
 }
 
 
@@ -226,12 +229,12 @@ def test_cached_plans_equal_those_of_uncached_passes(case):
         context_transitions=case.size,
         **({"beam_width": 4, "num_expand": 3} | case.settings),
     )
-    make = functools.partial(make_drawn_plan_fn, config=CONFIG, plan_config=plan_config)
+    make = functools.partial(make_drawn_plan_fn, config=case.config, plan_config=plan_config)
     cached = jax.jit(make(sequence_planner.make_plan_fn))
     uncached = make(plain_search.make_plan_fn)
     num_stopped = 0
     for seed, (greedy, stop_logit) in enumerate([(False, -5.0), (True, -5.0), (False, 1.0)]):
-        params = random_params(seed=seed, stop_logit=stop_logit)
+        params = random_params(config=case.config, seed=seed, stop_logit=stop_logit)
         arguments = (params, *random_roots(size=case.size, lengths=case.lengths, seed=seed))
         table = random_table(plan_config, len(case.lengths), seed)
         got = cached(table, greedy, *arguments)
@@ -430,7 +433,7 @@ def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
     }
     init = functools.partial(iql.init, config=iql_config, units=units)
     learners = jax.vmap(init)(jax.random.split(jax.random.key(1), 2)).params
-    params = random_params(stop_logit=-20.0).replace(extra=learners)
+    params = random_params(config=ONE_LAYER, stop_logit=-20.0).replace(extra=learners)
 
     def plain_score_fn(params, returns, proposal, step):
         """Add up rewards one by one: 3 r - 0.5 each; then the least of two learners' two critics."""
@@ -442,7 +445,7 @@ def test_iql_guides_by_the_least_critic_in_the_units_of_its_rewards():
 
     roots = random_roots(size=2, lengths=[0, 2])
     table = random_table(plan_config, 2, seed=3)
-    settings = {"config": CONFIG, "plan_config": plan_config}
+    settings = {"config": ONE_LAYER, "plan_config": plan_config}
     expected = make_drawn_plan_fn(plain_search.make_plan_fn, **settings, score_fn=plain_score_fn)(
         np.asarray(table), False, params, *roots
     )
