@@ -15,13 +15,13 @@ def check_ranges(
 ) -> None:
     """Raise ValueError, naming the field, unless the fields of a record are in range.
 
-    A tuple's elements must each be, and a `positive` tuple have one; `shares` are in [0, 1].
+    Each element of a tuple must be; `shares` are in [0, 1].
     """
     for name in (*positive, *not_negative, *shares):
         value = getattr(settings, name)
         elements = value if isinstance(value, tuple) else (value,)
-        if name in positive and not (elements and min(elements) > 0):
-            raise ValueError(f"{name}={value} must be positive{' and not empty' * isinstance(value, tuple)}.")
+        if name in positive and min(elements, default=1) <= 0:
+            raise ValueError(f"{name}={value} must be positive.")
         if name in not_negative and min(elements, default=0) < 0:
             raise ValueError(f"{name}={value} must not be negative.")
         if name in shares and not 0 <= value <= 1:
