@@ -33,7 +33,9 @@ JSON = flags.DEFINE_string("json", None, "File for the rows.")
 NUM_ENVS = flags.DEFINE_multi_integer("num_envs", [1], "Environments that are planned at once; may be repeated.")
 WINDOW = flags.DEFINE_list("window", ["5", "4"], "max,keep transitions of the planner's window.")
 BATCH_SIZE = flags.DEFINE_multi_integer("batch_size", [64], "Windows per train step; may be repeated.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the transformer's products.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Number format of the transformer's matrix products."
+)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls per row.", 1)
 ORACLE = flags.DEFINE_bool("oracle", True, "Also time the plain uncached search.")
 

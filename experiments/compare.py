@@ -1,4 +1,4 @@
-"""Compare what others would choose with IQL and the Trajectory Transformer on one dataset, and print the table.
+"""Compare baselines, IQL and the Trajectory Transformer on one dataset: train, play and print one table.
 
 python -m experiments.compare --config=experiments/configs/antmaze.py:medium-diverse-cpu --workdir=runs/antmaze
     [--dataset=ID --methods=bc,bc10,dt,cql,iql,tt,tt_imitation,tt_q --num_seeds=3 --num_episodes=50 --seed=0]

@@ -1,9 +1,10 @@
-"""The comparison of compare.py in a point maze, with data that holds no way from the start to the goal in one piece.
+"""Compare IQL and the Trajectory Transformer in a point maze whose data has no episode from the start to the goal.
 
 python -m experiments.sparse_maze [--workdir=runs/sparse_maze --seed=0 --num_seeds=3 --num_episodes=50]
 
 A scripted controller with action noise walks between random cells; its episodes are cut short after about a third of
 the way from the evaluation's start to its goal. The reward is 1 in the goal, which the observation does not tell.
+Prints and writes what experiments.compare does.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Train what others would choose on a Minari dataset, several seeds in one program; the same command resumes.
+"""Train a baseline on a Minari dataset, several seeds in one program; the same command resumes.
 
 python -m experiments.train_baseline --method=bc|bc10|dt|cql --dataset=ID --workdir=DIR [--num_seeds=3 --config=...]
 

@@ -2,6 +2,9 @@
 
 python -m experiments.train_tt --dataset=ID --workdir=DIR [--config=experiments/configs/maze.py --config.seed=0 ...]
     [--minutes=8]  # train for that long on this machine, with the schedule fitted to it
+
+Writes configuration, metrics and checkpoints to the workdir, see docs/training.md; `python -m experiments.plan
+--workdir=DIR` plays the result.
 """
 
 from experiments.common import entry, run_flags, settings, signals, transformer_run

@@ -24,8 +24,8 @@ class Config:
 
     observation_dim: int  # N
     action_dim: int  # A
-    hidden_dims: tuple[int, ...] = (256, 256)
-    learning_rate: float = 3e-4
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of the hidden layers
+    learning_rate: float = 3e-4  # of Adam
     best_share: float = 1.0  # of the episodes, by return, that are imitated
 
     def __post_init__(self):

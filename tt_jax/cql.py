@@ -28,13 +28,13 @@ class Config:
 
     observation_dim: int  # N
     action_dim: int  # A
-    hidden_dims: tuple[int, ...] = (256, 256)
-    discount: float = 0.99
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of the hidden layers of all networks
+    discount: float = 0.99  # of rewards, per step
     tau: float = 0.005  # how far the target critics move per update
-    actor_learning_rate: float = 1e-4
-    critic_learning_rate: float = 3e-4
+    actor_learning_rate: float = 1e-4  # of the policy
+    critic_learning_rate: float = 3e-4  # of the Q-functions
     num_samples: int = 10  # M, actions in the penalty of each kind: uniform, of the policy here, of the policy next
-    penalty_weight: float = 5.0
+    penalty_weight: float = 5.0  # of the penalty on Q of actions that the data does not have
     lagrange_gap: float = 0.0  # the penalty's weight rises above this gap and falls below; 0: it is fixed
     max_backup: bool = False  # back up the best of M actions of the policy instead of one
     reward_units: str = "raw"  # as in IQLConfig

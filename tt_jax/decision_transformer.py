@@ -32,13 +32,13 @@ class Config:
     action_dim: int  # A
     max_timesteps: int  # of an episode; later ones share the last embedding
     window: int = 20  # K, steps that are read
-    num_layers: int = 3
-    num_heads: int = 1
-    embed_dim: int = 128  # E
-    dropout: float = 0.1
-    learning_rate: float = 1e-4
+    num_layers: int = 3  # blocks of attention and feed-forward
+    num_heads: int = 1  # of attention
+    embed_dim: int = 128  # E, width of a token
+    dropout: float = 0.1  # of embeddings, attention and what blocks add
+    learning_rate: float = 1e-4  # after the warm-up
     warmup_steps: int = 10_000  # updates over which the rate rises linearly
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of AdamW
     grad_clip: float = 0.25  # largest global norm of the gradient
     return_scale: float = 1000.0  # returns-to-go are divided by this
     targets: tuple[float, ...] = ()  # returns to ask for, one after the other; (): the data's best and half of it

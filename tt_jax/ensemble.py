@@ -30,8 +30,8 @@ class EnsembleConfig:
 
     observation_dim: int  # N
     action_dim: int  # A
-    num_members: int = 5  # M
-    hidden_dims: tuple[int, ...] = (200, 200, 200, 200)
+    num_members: int = 5  # M, networks
+    hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # widths of the hidden layers
     probabilistic: bool = True  # False: squared errors; the variance is theirs on the validation transitions
     learning_rate: float = 1e-3  # at first; it falls to 0 as a cosine
     weight_decay: float = 5e-5  # of half the squared kernels in the loss, about PETS' mean over layers

@@ -35,15 +35,15 @@ class IQLConfig:
 
     observation_dim: int  # N
     action_dim: int  # A
-    hidden_dims: tuple[int, ...] = (256, 256)
-    expectile: float = 0.7  # 0.9 in ant mazes
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of the hidden layers of all networks
+    expectile: float = 0.7  # of Q that V learns: nearer to 1, the best action; 0.9 in ant mazes
     temperature: float = 3.0  # of exp(temperature * advantage); 10 in ant mazes, 0: behaviour cloning
-    discount: float = 0.99
+    discount: float = 0.99  # of rewards, per step
     tau: float = 0.005  # how far the target critic moves per update
-    learning_rate: float = 3e-4
+    learning_rate: float = 3e-4  # of all networks
     actor_cosine_steps: int = 0  # the actor's rate falls to 0 over so many updates; 0: constant
     actor_dropout: float = 0.0  # after each hidden layer of the actor, in its update only
-    normalize_observations: bool = False
+    normalize_observations: bool = False  # to mean 0 and deviation 1
     reward_units: str = "return_range"  # times 1000 / (best - worst return); "minus_one" in ant mazes; "raw"
 
     def __post_init__(self):

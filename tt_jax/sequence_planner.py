@@ -20,21 +20,21 @@ class PlanConfig:
     """Static settings of planning; the defaults are the reference's."""
 
     horizon: int = 15  # planned transitions
-    beam_width: int = 128  # W
+    beam_width: int = 128  # W, plans that are kept at each step
     num_expand: int = 2  # K, candidates per beam
     num_elites: int = 1  # best plans whose mean actions are executed, of a search by score
     replan_every: int = 1  # environment steps to execute from a plan
     context_transitions: int = 5  # C, past transitions to remember
     window: tuple[int, int] = (5, 4)  # (max, keep): with max whole transitions the oldest go until keep are left
     discount: float = 0.99  # of rewards, per planned step
-    temperature: float = 1.0  # divides the logits
+    temperature: float = 1.0  # divides the logits: above 1 samples spread further
     action_cdf: float = 0.6  # drop the least likely actions up to this mass, see `sampling.filter_cdf`; 0: off
     action_top_k: int = 0  # draw from the k likeliest; 0: off
     action_central: float = 1.0  # draw from this share of the mass around the median; 0: the median, 1: off
-    observation_cdf: float = 0.0
-    observation_top_k: int = 1  # 1: the likeliest
-    reward_cdf: float = 0.0  # of reward and value tokens
-    reward_top_k: int = 1
+    observation_cdf: float = 0.0  # as action_cdf
+    observation_top_k: int = 1  # as action_top_k; 1: the likeliest
+    reward_cdf: float = 0.0  # as action_cdf, of rewards and values
+    reward_top_k: int = 1  # as action_top_k, of rewards and values
     percentile: float = -1.0  # of predicted rewards and values to score by, in [0, 1); -1: their mean
     likelihood_weight: float = 0.0  # of an action's log-probability beside its reward, see `planning.favour_likely`
     unlikely_share: float = 0.0  # of candidates to leave out at each step, see `planning.drop_unlikely`

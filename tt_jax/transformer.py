@@ -31,16 +31,16 @@ class TransformerConfig:
     """Static settings of the model; the defaults are the reference's."""
 
     spec: types.TransitionSpec
-    num_layers: int = 4  # L
-    num_heads: int = 4  # H
-    embed_dim: int = 128  # E
+    num_layers: int = 4  # L, blocks of attention and feed-forward
+    num_heads: int = 4  # H, of attention; they share embed_dim
+    embed_dim: int = 128  # E, width of a token
     max_transitions: int = 10  # of a window; one token less than that many transitions can be read
-    embedding_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    residual_dropout: float = 0.1
-    action_weight: float = 5.0  # of the loss per kind of target token; observations have weight 1
-    reward_weight: float = 1.0
-    value_weight: float = 1.0
+    embedding_dropout: float = 0.1  # share of the embedded tokens' entries
+    attention_dropout: float = 0.1  # share of the attention weights
+    residual_dropout: float = 0.1  # share of what each block adds
+    action_weight: float = 5.0  # of the loss of action tokens; observations have weight 1
+    reward_weight: float = 1.0  # of the loss of reward tokens
+    value_weight: float = 1.0  # of the loss of value tokens
     smooth_embedding: bool = False  # start with like embeddings for neighbouring bins, which learns faster
     dtype: str = "float32"  # of the matrix products but the last; softmax, norms and logits are float32 in any case
     attention: str = "auto"  # of whole sequences: "plain", "fused" (one kernel on a GPU), or fused where that pays

@@ -3,11 +3,9 @@
 python -m experiments.common.config_fields > docs/configuration.md
 """
 
-import inspect
-import re
-
 from flax import traverse_util
 
+from experiments.common import run_flags
 from experiments.common.baselines import BASELINES
 from experiments.configs import base
 from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, trajectories, transformer
@@ -25,7 +23,10 @@ PARTS = {  # what each part of a configuration is about, and the record whose fi
         f"baselines.{name}": (each.title[0].upper() + each.title[1:], each.module.Config)
         for name, each in BASELINES.items()
     },
-    **{f"baselines.{name}.train": ("Its training", learners.TrainConfig) for name in BASELINES},
+    **{
+        f"baselines.{name}.train": (f"Training of {each.title}", learners.TrainConfig)
+        for name, each in BASELINES.items()
+    },
     "ensemble": ("Single-step models that long horizons are compared with", ensemble.EnsembleConfig),
     "ensemble_train": ("Training of these", ensemble.EnsembleTrainConfig),
 }
@@ -35,16 +36,16 @@ HEAD = """# Fields of the configuration
 `experiments/configs/base.py`, from which every family starts. A field that is not here is refused. This page is made by
 `python -m experiments.common.config_fields`.
 """
-_FIELD = re.compile(r"^\s*(?:config\.)?([\w.]+)(?:: [^=\n]+)? = .*?  # (.*)$", re.MULTILINE)
 
 
 def page() -> str:
-    """Return the page as Markdown; raises KeyError if a part of the configuration is not in `PARTS`."""
+    """Return the page as Markdown; raises KeyError if a part is not in `PARTS` or a field has no comment."""
     tables = {part: [] for part in PARTS}
-    own = dict(_FIELD.findall(inspect.getsource(base)))
+    own = run_flags.comments(base)
+    told = {part: run_flags.comments(record) for part, (_, record) in PARTS.items() if record}
     for name, value in sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep=".").items()):
         part, _, field = name.rpartition(".")
-        comment = own.get(name) or _comments(PARTS[part][1]).get(field, "")
+        comment = own.get(name) or told[part][field]
         value = "" if value is None else value
         tables[part].append(f"| `{name}` | `{value!r}` | {comment.replace('|', chr(92) + '|')} |")
     sections = [
@@ -52,14 +53,6 @@ def page() -> str:
         for part, (title, _) in PARTS.items()
     ]
     return "\n".join([HEAD.rstrip("\n"), *sections]) + "\n"
-
-
-def _comments(record):
-    """Return what stands beside each field of a dataclass, and of those that it derives from."""
-    comments = {}
-    for each in reversed(record.__mro__[:-1] if record else ()):
-        comments |= dict(_FIELD.findall(inspect.getsource(each)))
-    return comments
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ Commands hand the values on as plain arguments; nothing else in this folder read
 
 import dataclasses
 import functools
+import inspect
 import pathlib
+import re
 
 from absl import flags
 from ml_collections import config_flags
@@ -28,6 +30,7 @@ class _PairParser(flags.ArgumentParser):
         return tuple(self._number_type(number) for number in numbers)
 
 
+_FIELD = re.compile(r"^\s*(?:config\.)?([\w.]+)(?:: [^=\n]+)? = .*?  # (.*)$", re.MULTILINE)
 _PARSERS = {
     int: flags.IntegerParser(),
     float: flags.FloatParser(),
@@ -38,7 +41,7 @@ _PARSERS = {
 
 def config(name: str | None = None) -> flags.FlagHolder:
     """Declare --config, by default experiments/configs/`name`.py, and --config.FIELD for each of its fields."""
-    holder = config_flags.DEFINE_config_file("config", None, "Configuration file, see experiments/configs.")
+    holder = config_flags.DEFINE_config_file("config", None, "FILE.py or FILE.py:NAME in experiments/configs.")
     # `entry` passes the default as if it were given: as a default of the flag it would be read, with the fields on the
     # command line, when this is imported, where a mistake is a traceback.
     flags.FLAGS["config"].default_file = name and str(pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py")
@@ -116,10 +119,19 @@ def fields(prefix: str, record: type) -> dict[str, flags.FlagHolder]:
 
     The types are those of the defaults. (A config flag would fail on a misspelt one at import.)
     """
+    told = {name: f"{text[0].upper()}{text[1:]}." for name, text in comments(record).items()}
     return {
-        field.name: flags.DEFINE(_PARSERS[type(field.default)], f"{prefix}.{field.name}", None, "Replaces a setting.")
+        field.name: flags.DEFINE(_PARSERS[type(field.default)], f"{prefix}.{field.name}", None, told[field.name])
         for field in dataclasses.fields(record)
     }
+
+
+def comments(source) -> dict[str, str]:
+    """Return what stands beside each field in the source of a dataclass and of its bases, or of a module."""
+    found = {}
+    for each in reversed(source.__mro__[:-1]) if isinstance(source, type) else [source]:
+        found |= dict(_FIELD.findall(inspect.getsource(each)))
+    return found
 
 
 def given(holders: dict[str, flags.FlagHolder]) -> dict:

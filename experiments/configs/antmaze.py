@@ -9,7 +9,7 @@ umaze-diverse, medium-play, medium-diverse, large-play or large-diverse, D4RL's 
 with the settings of the papers (arXiv 2106.02039, 2110.06169): a GPU's work, which was not run to its end here. "-fast"
 at the end is for minutes on a GPU (`experiments.reproduce`, docs/accelerators.md), with plans of several steps. "-cpu"
 scales them to hours on 2 CPU cores, one for each transformer and half of one for IQL. Success of the transformer with Q
-on two ant mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see the README.
+on two ant mazes that were recorded for this project: 81 ± 2% (umaze) and 46 ± 1% (medium), see docs/results.md.
 """
 
 from experiments.configs import base, maze

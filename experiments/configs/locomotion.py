@@ -10,7 +10,7 @@ Selection: BODY-DATA with BODY halfcheetah, hopper, walker2d or ant and DATA med
 "-fast" at the end is for minutes on a GPU (`experiments.reproduce`, docs/accelerators.md).
 Minari hosts the medium datasets (for v5 of the environments); the others come from D4RL's files by way of
 `python -m experiments.import_d4rl`. About 200,000 updates, for one GPU: the paper took 6 to 12 hours on a V100. Not run
-to its end here; the README has Hopper at the scale of two CPU cores, where medians of 9,500 updates return 2254 ± 40.
+to its end here; docs/results.md has Hopper at the scale of a CPU core, where medians of 9,500 updates return 2254 ± 40.
 """
 
 from experiments.configs import base
