@@ -54,9 +54,10 @@ def describe(loaded: trajectories.Trajectories, settings: trajectories.DataConfi
     names += [*(f"action[{i}]" for i in range(loaded.actions.shape[1])), "reward", "value"]
     counts = [len(np.unique(column)) for column in values.T]
     tokens = tokenization.encode(tokenization.fit(values, num_bins=num_bins), values)
-    merged = [names[column] for column in tokenization.merged_columns(tokens, values)]
-    few = {name: count for name, count in zip(names, counts, strict=True) if 1 < count <= FEW_VALUES}
     columns = spaces.join([loaded.observation_columns, loaded.action_columns])
+    has_bins = np.append(columns.is_discrete, [False, False])  # one per value, whatever the settings
+    merged = [names[column] for column in tokenization.merged_columns(tokens, values) if not has_bins[column]]
+    few = {names[column]: counts[column] for column in np.flatnonzero(~has_bins) if 1 < counts[column] <= FEW_VALUES}
     known = [columns.values(column) for column in np.flatnonzero(columns.is_discrete)]
 
     suggestions = {}

@@ -29,9 +29,10 @@ OVERWRITE = run_flags.overwrite()
 
 
 def main(_):
+    run_flags.check_range(REF_MIN, REF_MAX)
     recording.check_id(DATASET.value, overwrite=OVERWRITE.value)
-    if not all(FILES.value):
-        raise ValueError("--files is empty: paths or URLs, separated by commas.")
+    if not FILES.value or not all(FILES.value):
+        raise ValueError(f"--files={','.join(FILES.value)} must be paths or URLs, separated by commas.")
     env = environments.make(ENV.value) if ENV.value else None
     maze_space = env.observation_space if env and isinstance(env.observation_space, gymnasium.spaces.Dict) else None
     with tempfile.TemporaryDirectory() as folder:

@@ -43,7 +43,7 @@ SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 
 def main(_):
-    _check_references()
+    run_flags.check_range(REFERENCE_MIN, REFERENCE_MAX)
     preemption, out = signals.Preemption(), entry.result_file(OUT.value)
     seeds = control.own_seeds(SEED.value, NUM_EPISODES.value)
     with control.another_step_named(WORKDIR.value):
@@ -53,7 +53,11 @@ def main(_):
         )
     run, model, planner = checkpoint.run, checkpoint.config, PLANNER.value
     plan_config = planners.PLANNERS[planner].adapt(plan_config)
-    search_config = action_planner.SearchConfig(**run_flags.given(SEARCH))
+    search_given = run_flags.given(SEARCH)
+    if search_given and not planners.PLANNERS[planner].refines:
+        able = " or ".join(each for each in planners.PLANNERS if planners.PLANNERS[each].refines)
+        raise ValueError(f"--search.{next(iter(search_given))} is for --planner={able}, not for {planner}.")
+    search_config = action_planner.SearchConfig(**search_given)
     data_config = datasets.data_config(run["data"])
     settings = {"env_id": ENV.value, "trust": TRUST.value, "goal": GOAL.value or ()}
     make_env = functools.partial(control.make_env, run, max_episode_steps=MAX_EPISODE_STEPS.value, **settings)
@@ -116,11 +120,7 @@ def main(_):
             score_name="log-likelihood" if planner == "likelihood" else "predicted return",
         )
     control.print_summary(results, out)
-    if failures:
-        raise entry.Failed(
-            f"the environment failed in {len(failures)} of {NUM_EPISODES.value} episodes, first "
-            f"{control.tell_failure(failures[0])}; the others are in {OUT.value}."
-        )
+    control.check_failures(failures, num_episodes=NUM_EPISODES.value, out=OUT.value)
 
 
 def _open_drawing(folder, planner, horizon):
@@ -134,16 +134,6 @@ def _open_drawing(folder, planner, horizon):
         raise ValueError(f"--draw={folder} needs the plots extra: {error}.") from error
     drawing.check(folder, horizon=horizon)
     return drawing
-
-
-def _check_references():
-    if (REFERENCE_MIN.value is None) != (REFERENCE_MAX.value is None) or (
-        REFERENCE_MIN.value is not None and REFERENCE_MIN.value >= REFERENCE_MAX.value
-    ):
-        raise ValueError(
-            f"--reference_min={REFERENCE_MIN.value} and --reference_max={REFERENCE_MAX.value} must be given together, "
-            "the first below the second."
-        )
 
 
 def _reference_scores(dataset_id) -> tuple[float, float] | None:

@@ -130,8 +130,11 @@ def plan(entry_point):
     return entry_point("plan")
 
 
-def test_the_best_plan_in_a_grid_world_is_found(train, plan, recorded, worlds, tmp_path):
-    """From cell c the best return of 6 steps is 6 - (3 - c), or 6 in the last two cells."""
+def test_the_best_plan_in_a_grid_world_is_found(train, train_iql, plan, recorded, worlds, tmp_path):
+    """From cell c the best return of 6 steps is 6 - (3 - c), or 6 in the last two cells.
+
+    With Q the search looks one step ahead, so that from the first cells nothing but Q knows of the last.
+    """
     done = train(
         *MAZE, "--dataset=test/corridor-v0", "--config.data.observation_keys=()", *SMALL, f"--workdir={tmp_path}"
     )
@@ -139,11 +142,22 @@ def test_the_best_plan_in_a_grid_world_is_found(train, plan, recorded, worlds, t
     tokenizer = checkpoints.restore(tmp_path).tokenizer
     np.testing.assert_array_equal(tokenizer.centers[0, :5], range(5))
     np.testing.assert_array_equal(tokenizer.centers[1, :3], range(3))
-    done = plan(f"--workdir={tmp_path}", *PLAN, "--num_episodes=5", "--env=worlds:Corridor-v0")
+    q_settings = [setting for setting in MAZE if "train." not in setting]
+    q_settings += [
+        "--dataset=test/corridor-v0",
+        "--config.data.observation_keys=()",
+        "--config.iql.hidden_dims=(32,32)",
+    ]
+    q_settings += ["--config.iql_train.num_steps=1500", "--config.iql.learning_rate=0.003", "--config.iql.tau=0.05"]
+    q_settings += ["--config.iql_train.log_every=500", "--config.eval.num_episodes=0", f"--workdir={tmp_path}/q"]
+    done = train_iql(*q_settings)
     assert done.code == 0, done.stderr
-    results = json.loads((plan.folder / "results.json").read_text())
-    starts = [worlds.Corridor().reset(seed=episode["seed"])[0] for episode in results["episodes"]]
-    assert [episode["return"] for episode in results["episodes"]] == [min(6, 6 - (3 - cell)) for cell in starts]
+    for guided in ([], [f"--iql_workdir={tmp_path}/q", "--plan.horizon=1"]):
+        done = plan(f"--workdir={tmp_path}", *PLAN, "--num_episodes=5", "--env=worlds:Corridor-v0", *guided)
+        assert done.code == 0, done.stderr
+        results = json.loads((plan.folder / "results.json").read_text())
+        starts = [worlds.Corridor().reset(seed=episode["seed"])[0] for episode in results["episodes"]]
+        assert [episode["return"] for episode in results["episodes"]] == [min(6, 6 - (3 - cell)) for cell in starts]
     done = plan(f"--workdir={tmp_path}", *PLAN, "--env=worlds:Corridor-v0", "--plan.num_elites=2")
     assert done.code == 2 and "--plan.num_elites=2 must be 1: discrete actions have no mean." in done.error
 

@@ -131,6 +131,8 @@ def test_files_in_another_layout_are_refused(tmp_path):
     for change, message in (
         ({"terminals": None}, "terminals missing among"),
         ({"rewards": np.zeros(3)}, "must have one length of at least 1"),
+        ({"actions": None, "actions/left": np.zeros(4)}, r"actions missing among \['actions/', "),
+        ({"actions": np.array([b"left"] * 4)}, r"must hold numbers, got {'actions': '\|S4'}"),
     ):
         broken = {name: array for name, array in (data | change).items() if array is not None}
         path = write_file(tmp_path / "broken.hdf5", broken)

@@ -307,6 +307,19 @@ def test_actions_of_any_bounds_are_learned_as_those_of_plus_minus_1():
     assert (drawn >= low).all() and (drawn <= high).all() and (np.abs(plain) == 1).any()
 
 
+CHAIN_CONFIG = iql.IQLConfig(
+    observation_dim=6,
+    action_dim=1,
+    hidden_dims=(32, 32),
+    expectile=0.99,
+    temperature=20.0,
+    discount=0.8,
+    tau=0.05,
+    learning_rate=2e-3,
+    reward_units="raw",
+)
+
+
 def chain():
     """Five cells, actions -1 and +1; entering the cell beyond the right end gives 1 and ends the episode."""
     cell, direction = (grid.ravel() for grid in np.meshgrid(np.arange(5), [-1, 1], indexing="ij"))
@@ -330,18 +343,8 @@ def chain_q(*, expectile, discount):
 
 
 def test_q_of_a_chain_is_that_of_dynamic_programming_and_near_the_optimum():
-    config = iql.IQLConfig(
-        observation_dim=6,
-        action_dim=1,
-        hidden_dims=(32, 32),
-        expectile=0.99,
-        temperature=20.0,
-        discount=0.8,
-        tau=0.05,
-        learning_rate=2e-3,
-        reward_units="raw",
-    )
-    batch, state = chain(), iql.init(jax.random.key(0), config=config)
+    config, batch = CHAIN_CONFIG, chain()
+    state = iql.init(jax.random.key(0), config=config)
     train = jax.jit(lambda s: jax.lax.scan(lambda s, _: iql.update(s, batch, config=config), s, length=6000))
     state, _ = train(state)
     q = iql.q_values(state.params, batch.observations, batch.actions).reshape(2, 5, 2)
@@ -355,17 +358,7 @@ def test_q_of_a_chain_is_that_of_dynamic_programming_and_near_the_optimum():
 
 
 VALUES = np.float32([[0, 1, 2], [5, 6, np.inf]])  # of two discrete dimensions
-GRID_CONFIG = iql.IQLConfig(
-    observation_dim=9,
-    action_dim=2,
-    hidden_dims=(32, 32),
-    expectile=0.99,
-    temperature=20.0,
-    discount=0.8,
-    tau=0.05,
-    learning_rate=2e-3,
-    reward_units="raw",
-)
+GRID_CONFIG = dataclasses.replace(CHAIN_CONFIG, observation_dim=9, action_dim=2)
 
 
 def grid():

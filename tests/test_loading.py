@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces as gym_spaces
 from minari.data_collector import EpisodeBuffer
 
-from tt_jax import iql, spaces, trajectories
+from tt_jax import iql, minari_files, spaces, trajectories
 
 
 def box(*shape, dtype=np.float32):
@@ -90,6 +90,15 @@ def test_discrete_spaces_are_taken_as_they_are(write):
     np.testing.assert_array_equal(trajectories.transitions(data).actions, data.actions)
     with pytest.raises(ValueError, match="actions of test/made-v0 are discrete"):
         trajectories.action_bounds(data)
+
+
+@pytest.mark.parametrize("scores, expected", [((1, 9), (1, 9)), ((1, 1), None), ((None, 9), None), (("1", "9"), None)])
+def test_scores_without_a_range_normalise_nothing(write, scores, expected):
+    dataset_id = write(random_episodes([3]))
+    path = minari.storage.get_dataset_path(dataset_id) / "data" / "metadata.json"
+    scores = dict(zip(("ref_min_score", "ref_max_score"), scores, strict=True))
+    path.write_text(json.dumps(json.loads(path.read_text()) | scores))
+    assert minari_files.reference_scores(dataset_id) == expected
 
 
 def test_numbers_outside_of_their_discrete_space_are_refused(write):

@@ -154,11 +154,12 @@ def test_imitation_plays_the_most_likely_actions(plan, trained, planned):
 @pytest.mark.parametrize("name", ["shoot", "mppi", "cem", "tree", "sample", "median", "greedy"])
 def test_every_planner_plays_in_its_own_way(plan, trained, name):
     few = ["--num_episodes=2", "--max_episode_steps=3", f"--planner={name}", "--plan.num_expand=2"]
-    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, *few, "--search.num_iterations=2")
+    searches = name in ("mppi", "cem")
+    results, _ = run_plan(plan, f"--workdir={trained}", *SMALL, *few, *["--search.num_iterations=2"] * searches)
     assert [episode["length"] for episode in results["episodes"]] == [3, 3]
     assert np.isfinite([episode["return"] for episode in results["episodes"]]).all()
     settings = results["settings"]
-    assert (settings["planner"], settings["search"]["num_iterations"]) == (name, 2)
+    assert (settings["planner"], settings["search"]["num_iterations"]) == (name, 2 if searches else 4)
     without_search = {"horizon": 1, "beam_width": 1, "num_expand": 1, "action_cdf": 0.0}
     as_given = {"horizon": 2, "beam_width": 3, "num_expand": 2, "action_cdf": 0.6}
     expected = without_search if name in ("sample", "median", "greedy") else as_given
@@ -207,6 +208,7 @@ def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with
         (["--planner=likely"], "--planner=likely"),
         (["--planner=tree", "--plan.unlikely_share=0.5"], "a tree search cannot leave out candidates"),
         (["--planner=mppi", "--search.temperature=0"], "temperature=0.0 must be positive"),
+        (["--search.temperature=1"], "--search.temperature is for --planner=mppi or cem, not for reward"),
         (["--plan.horizn=3"], "Unknown command line flag 'plan.horizn'. Did you mean: plan.horizon ?"),
         (["--plan.horizon=0"], "horizon=0 must be at least 1"),
         (["--plan.horizon=x"], "--plan.horizon=x"),
@@ -217,6 +219,8 @@ def test_goals_that_cannot_be_planned_to_are_told_in_one_line(plan, trained_with
         (["--env=PointMaze_Nowhere-v3"], "PointMaze_Nowhere-v3 cannot be made"),
         (["--plan.temperature=nan"], "--plan.temperature=nan: must be finite"),
         (["--goal=1"], "--goal=1: two numbers are needed"),
+        (["--goal=1,inf"], "--goal=(1.0, inf): must be finite"),
+        (["--reference_min=1", "--reference_max=1"], "must be given together, the first below the second"),
         (["--num_episodes=0"], "--num_episodes=0"),
         (["--seed=4294967295"], "--seed=4294967295"),
         (["--out=."], "--out=. must name a file, not a folder"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -61,11 +62,12 @@ def evaluation_spec(dataset_id: str) -> str | None:
 
 
 def reference_scores(dataset_id: str) -> tuple[float, float] | None:
-    """Return the dataset's returns with the normalised scores 0 and 1; None if it has none or is not here."""
+    """Return the dataset's returns with the normalised scores 0 and 1; None without a range of them or a dataset."""
     data = pathlib.Path(minari.storage.get_dataset_path(dataset_id)) / "data"
     metadata = _metadata(data) if data.exists() else {}
     scores = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    return None if None in scores else scores
+    is_range = all(isinstance(score, int | float) for score in scores) and -math.inf < scores[0] < scores[1] < math.inf
+    return scores if is_range else None
 
 
 def environment_limits(storage: MinariStorage) -> tuple[str, int | None]:

@@ -234,8 +234,9 @@ def check_spaces(
     try:
         observation_dim = _flatten(envs.observation_space.sample(), config).shape[1]
     except (KeyError, IndexError, ValueError):
-        keys = config.observation_keys
-        raise ValueError(f"the environment's {envs.single_observation_space} does not have the keys {keys}.") from None
+        space, keys = envs.single_observation_space, config.observation_keys
+        problem = f"does not have the keys {keys}" if keys else "is not the one space that the model was trained on"
+        raise ValueError(f"the environment's {space} {problem}.") from None
     sizes = {
         "observation": (observation_dim, spec.observation_dim),
         "action": (len(_action_bounds(envs)[0]), spec.action_dim),

@@ -40,7 +40,7 @@ def fetch(source: str, folder: str) -> str:
             size = int(response.headers.get("Content-Length", 0)) or None
             with tqdm.tqdm.wrapattr(response, "read", total=size, desc=os.path.basename(source)) as stream:
                 shutil.copyfileobj(stream, file)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no URL
         raise ValueError(f"{source} cannot be downloaded: {error}") from error
     return file.name
 
@@ -148,6 +148,8 @@ def _read(path, *, goal_maze):
         raise ValueError(f"The arrays of {path} must have one length of at least 1, got {lengths}.")
     if is_ogbench:
         logging.warning("%s has OGBench's layout, without rewards: they are 0 here, which plans cannot maximise.", path)
+    if no_numbers := {name: str(array.dtype) for name, array in arrays.items() if array.dtype.kind not in "fiub"}:
+        raise ValueError(f"The arrays of {path} must hold numbers, got {no_numbers}.")
     arrays["rewards"] = arrays["rewards"].reshape(-1)
     for name in {"terminals", "timeouts"} & arrays.keys():
         arrays[name] = arrays[name].reshape(-1).astype(bool)
@@ -161,7 +163,8 @@ def _load(path, names):
             with np.load(path) as file:
                 return set(file), {name: file[name] for name in names if name in file}
         with h5py.File(path, "r") as file:
-            return set(file), {name: file[name][()] for name in names if name in file}
+            found = {f"{name}/" if isinstance(file[name], h5py.Group) else name for name in file}
+            return found, {name: file[name][()] for name in names if isinstance(file.get(name), h5py.Dataset)}
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as HDF5 or npz: {reason}; copy or download it again.") from error

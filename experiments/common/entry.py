@@ -86,7 +86,8 @@ def _parse_flags(argv):
         if rest[1:]:
             raise UsageError(f"unexpected argument {rest[1]!r}; flags are written --name=value.")
         for name, value in flags.FLAGS.flag_values_dict().items():
-            if isinstance(value, float) and not math.isfinite(value):
+            numbers = value if isinstance(value, tuple) else [value]
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
                 raise UsageError(f"flag --{name}={value}: must be finite.")
 
     if code := _exit_code(parse):

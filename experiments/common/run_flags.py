@@ -114,6 +114,16 @@ minutes = functools.partial(
 )
 
 
+def check_range(low: flags.FlagHolder, high: flags.FlagHolder) -> None:
+    """Raise ValueError unless two numbers are given together, the first below the second, or neither is."""
+    is_given = low.value is not None, high.value is not None
+    if any(is_given) and not (all(is_given) and low.value < high.value):
+        raise ValueError(
+            f"--{low.name}={low.value} and --{high.name}={high.value} must be given together, the first below the "
+            "second."
+        )
+
+
 def fields(prefix: str, record: type) -> dict[str, flags.FlagHolder]:
     """Declare --`prefix`.FIELD for each field of a dataclass; None means that it is not given.
 
