@@ -10,7 +10,7 @@ the loss per kind when older transitions, past actions or past observations are 
 import jax
 import numpy as np
 
-from experiments.common import attention_report, entry, held_out, run_flags
+from experiments.common import attention_report, entry, files, held_out, run_flags, signals
 from tt_jax import transformer
 
 WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True)
@@ -19,7 +19,8 @@ OUT = run_flags.out(default="attention.json")
 
 
 def main(_):
-    path = entry.result_file(OUT.value)
+    signals.Preemption()  # ends it soon, whatever it does
+    path = files.result_file(OUT.value)
     run = held_out.load(WORKDIR.value)
     store, config = run.data.held_out, run.checkpoint.config
     ids = held_out.window_ids(store, count=NUM_WINDOWS.value, max_transitions=config.max_transitions)
@@ -45,7 +46,7 @@ def main(_):
         "commit": entry.commit_id(),
         "run": run.checkpoint.run,
     }
-    entry.write_json(path, found)
+    files.write_json(path, found)
     np.savez_compressed(path.with_suffix(".npz"), maps=maps)  # [L, H, T, T]
     figures = [path.with_suffix(".png"), path.with_name(f"{path.stem}_shares.png")]
     attention_report.draw_maps(maps, found, figures[0], config=config)

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags, logging
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.common import entry, plain_search
+from experiments.common import entry, files, plain_search
 from tt_jax import data_parallel, iql, sequence_planner, tokenization, training, trajectories, transformer, types
 
 ONLY = flags.DEFINE_enum("only", None, ["plan", "train", "iql"], "Measure this alone.")
@@ -60,7 +60,7 @@ def main(_):
     if len(WINDOW.value) != 2 or not all(number.isdecimal() for number in WINDOW.value):
         raise ValueError(f"--window={','.join(WINDOW.value)} must be two numbers, such as 5,4.")
     if JSON.value:
-        entry.result_file(JSON.value, flag="json")
+        files.result_file(JSON.value, flag="json")
     if jax.default_backend() != "cpu":
         _pin(ALL_CORES)
     rows = [ceilings()]

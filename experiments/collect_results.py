@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.common import entry, run_flags
+from experiments.common import entry, files, run_flags
 
 WORKDIR = run_flags.workdir(help="Folder below which the results lie.", required=True)
 OUT = flags.DEFINE_string("out", None, "CSV file for the table, with all digits.")
@@ -25,7 +25,7 @@ WHERE = ("workdir", "iql_workdir", "seed", "num_seeds")  # settings in which the
 
 def main(_):
     if OUT.value:
-        entry.result_file(OUT.value)
+        files.result_file(OUT.value)
     results = read(pathlib.Path(WORKDIR.value))
     if not results:
         raise ValueError(f"--workdir={WORKDIR.value} must have files results.json, at any depth; it has none.")

@@ -12,7 +12,7 @@ import pathlib
 import numpy as np
 from absl import flags
 
-from experiments.common import datasets, entry, run_flags
+from experiments.common import datasets, entry, files, run_flags
 from experiments.configs import dataset as default_config
 from tt_jax import minari_files, spaces, tokenization, trajectories
 
@@ -26,7 +26,7 @@ SHOWN_PATHS = 100
 
 def main(_):
     if OUT.value:
-        entry.make_folder(OUT.value, flag="out")
+        files.make_folder(OUT.value, flag="out")
     settings = datasets.with_keys(DATASET.value, trajectories.DataConfig(), download=DOWNLOAD.value)
     loaded = trajectories.load(DATASET.value, config=settings)
     storage = minari_files.open_storage(DATASET.value)
@@ -40,7 +40,7 @@ def main(_):
         print(f"suggested: --config.{setting}  # {reason}")
     if OUT.value:
         folder = pathlib.Path(OUT.value)
-        entry.write_json(folder / "description.json", found)
+        files.write_json(folder / "description.json", found)
         _draw(loaded, settings, folder / "dataset.png")
         print(f"files in {folder}")
 

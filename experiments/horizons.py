@@ -20,6 +20,7 @@ from experiments.common import (
     datasets,
     dynamics_run,
     entry,
+    files,
     open_loop_report,
     open_loop_run,
     run_flags,
@@ -91,7 +92,7 @@ def main(_):
         "run": data.run,
     }
     path = pathlib.Path(workdir) / "horizons.json"
-    entry.write_json(path, found)
+    files.write_json(path, found)
     open_loop_report.draw(found, path.with_suffix(".png"))
     bodies.draw_strip(starts, measured, data, path.with_name("bodies.png"))
     print(*open_loop_report.table(found), f"numbers: {path}", f"figure: {path.with_suffix('.png')}", sep="\n")

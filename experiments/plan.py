@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.common import control, datasets, entry, environment_check, planners, run_flags, signals
+from experiments.common import control, datasets, entry, environment_check, files, planners, run_flags, signals
 from tt_jax import action_planner, minari_files, rollouts, sequence_planner
 
 WORKDIR, STEP = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.step()
@@ -44,7 +44,7 @@ SETTINGS += (REFERENCE_MIN, REFERENCE_MAX)
 
 def main(_):
     run_flags.check_range(REFERENCE_MIN, REFERENCE_MAX)
-    preemption, out = signals.Preemption(), entry.result_file(OUT.value)
+    preemption, out = signals.Preemption(), files.result_file(OUT.value)
     seeds = control.own_seeds(SEED.value, NUM_EPISODES.value)
     with control.another_step_named(WORKDIR.value):
         given = run_flags.given(PLAN)
@@ -106,7 +106,7 @@ def main(_):
             "search": dataclasses.asdict(search_config),
         },
     }
-    entry.write_json(out, results)
+    files.write_json(out, results)
     if VIDEO.value:
         _write_video(VIDEO.value, make_env, seed=episodes[0].seed, actions=episodes[0].actions)
     if drawing:

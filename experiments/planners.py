@@ -20,7 +20,17 @@ import json
 import jax
 from absl import flags, logging
 
-from experiments.common import control, datasets, entry, planner_figures, planner_study, planners, run_flags, signals
+from experiments.common import (
+    control,
+    datasets,
+    entry,
+    files,
+    planner_figures,
+    planner_study,
+    planners,
+    run_flags,
+    signals,
+)
 from tt_jax import action_planner, minari_files, sequence_planner
 
 WORKDIR, IQL_WORKDIR = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.iql_workdir()
@@ -58,8 +68,8 @@ def main(_):
     )
     envs = control.vectorize(study.make_env, 1, spec=checkpoint.config.spec, config=study.data_config)
     cells = planner_study.cells(plan_config, _pairs(study, envs))
-    out, settings = entry.result_file(OUT.value), _settings(study)
-    results = entry.read_json(out) if out.exists() else {"settings": settings, "studies": {}}
+    out, settings = files.result_file(OUT.value), _settings(study)
+    results = files.read_json(out) if out.exists() else {"settings": settings, "studies": {}}
     if not isinstance(results, dict) or not {"settings", "studies"} <= results.keys():
         raise entry.UsageError(f"--out={out} holds something else than results of planners; use another file.")
     if results["settings"] != settings:
@@ -76,7 +86,7 @@ def main(_):
         else:
             row = planner_study.play(study, cell, cell_config)
         rows.append(dataclasses.asdict(cell) | row)
-        entry.write_json(out, results)
+        files.write_json(out, results)
     figure = out.with_name(f"{out.stem}_{STUDY.value}.png")
     planner_figures.draw(STUDY.value, rows, plan_config, figure)
     print(*planner_figures.table(rows), f"figure: {figure}", f"numbers: {out}", sep="\n")

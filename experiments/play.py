@@ -12,7 +12,7 @@ import time
 import jax
 from absl import flags
 
-from experiments.common import baselines, control, datasets, entry, run_flags, signals
+from experiments.common import baselines, control, datasets, entry, files, run_flags, signals
 from tt_jax import minari_files, rollouts
 
 WORKDIR, STEP = run_flags.workdir(help="Folder of the training run.", required=True), run_flags.step()
@@ -26,7 +26,7 @@ SETTINGS = (WORKDIR, STEP, NUM_EPISODES, NUM_ENVS, SEED, LEARNER, ENV, TRUST)
 
 
 def main(_):
-    preemption, out = signals.Preemption(), entry.result_file(OUT.value)
+    preemption, out = signals.Preemption(), files.result_file(OUT.value)
     seeds = control.own_seeds(SEED.value, NUM_EPISODES.value)
     with control.another_step_named(WORKDIR.value):
         checkpoint = baselines.restore(WORKDIR.value, step=STEP.value)
@@ -60,7 +60,7 @@ def main(_):
         "commit": entry.commit_id(),
         "settings": {flag.name: flag.value for flag in SETTINGS},
     }
-    entry.write_json(out, results)
+    files.write_json(out, results)
     for target, summary in found.items():
         print(f"target {target}:" if target else "", end=" " if target else "")
         control.print_summary(common | summary, out)

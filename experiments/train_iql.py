@@ -2,9 +2,10 @@
 
 python -m experiments.train_iql --config=experiments/configs/antmaze.py --workdir=DIR [--num_seeds=8 ...]
 
-Writes configuration, metrics and checkpoints to the workdir. `python -m experiments.play --workdir=DIR` plays the policy,
-`experiments.plan --iql_workdir=DIR` lets Q guide a transformer. Learner i has the seed config.seed + i. A checkpoint holds the learners' parameters with a leading axis of the seeds, or
-without one where there is one seed. With `--config.iql.temperature=0` the policy is behaviour cloning.
+Writes configuration, metrics and checkpoints to the workdir. `python -m experiments.play --workdir=DIR` plays the
+policy, `experiments.plan --iql_workdir=DIR` lets Q guide a transformer. Learner i has the seed config.seed + i. A
+checkpoint holds the learners' parameters with a leading axis of the seeds, or without one where there is one seed. With
+`--config.iql.temperature=0` the policy is behaviour cloning.
 """
 
 from experiments.common import entry, iql_run, run_flags, settings, signals

@@ -19,7 +19,10 @@ def open_storage(dataset_id: str, *, download: bool = False) -> MinariStorage:
 
     Raises ValueError if it is missing or damaged, or needs a package or an untrusted environment to be read.
     """
-    path = minari.storage.get_dataset_path(dataset_id)
+    try:
+        path = minari.storage.get_dataset_path(dataset_id)
+    except OSError as error:  # it makes the folder of all datasets
+        raise ValueError(f"MINARI_DATASETS_PATH must name a folder: {error}.") from error
     if not (path / "data").exists():
         if not download:
             raise ValueError(

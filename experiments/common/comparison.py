@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import baselines, control, entry, figures, iql_run, learner_run, stages, transformer_run
+from experiments.common import baselines, control, entry, figures, files, iql_run, learner_run, stages, transformer_run
 from tt_jax import environments, iql, minari_files, rollouts, trajectories, transformer
 
 LEARNERS = {name: baseline.title for name, baseline in baselines.BASELINES.items()} | {"iql": "IQL"}
@@ -41,7 +41,7 @@ def compare(
     numbers = {"seed": seed, "num_episodes": num_episodes, "num_seeds": num_seeds}
     if unknown := set(methods or ()) - METHODS.keys():
         raise entry.UsageError(f"--methods={','.join(sorted(unknown))} must be some of {','.join(METHODS)}.")
-    earlier = entry.read_json(path)["methods"] if (path := workdir / "results.json").exists() else {}
+    earlier = files.read_json(path)["methods"] if (path := workdir / "results.json").exists() else {}
     methods = [name for name in METHODS if not methods or name in methods or name in earlier]
     seeds = range(seed, seed + num_seeds)
 

@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from experiments.common import datasets, entry, figures
+from experiments.common import datasets, figures, files
 from tt_jax import checkpoints, rollouts, tokenization
 
 MAX_MOMENTS = 20
@@ -54,7 +54,7 @@ def check(folder: str, *, horizon: int) -> None:
         raise ValueError(
             f"--plan.horizon={horizon} must be at least 2 for --draw: a plan of one step imagines no observation."
         )
-    entry.make_folder(folder, flag="draw")
+    files.make_folder(folder, flag="draw")
 
 
 def draw_plans(

@@ -22,7 +22,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import typing
 import warnings
@@ -35,7 +34,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 import tt_jax
-from experiments.common import lock, memory, supervision
+from experiments.common import files, lock, memory, supervision
 from tt_jax import checkpoints
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 75
@@ -298,7 +297,7 @@ def resolve_config(config, *, dataset, workdir, method="tt"):
     if path.exists() and checkpoints.latest_step(workdir) is not None:
         _check_same_run(read_config(workdir).to_dict(), settings, workdir)
     if is_main_process():
-        write_json(path, settings)
+        files.write_json(path, settings)
     import ml_collections  # here, because the benchmark uses this module and must not need ml_collections
 
     return ml_collections.FrozenConfigDict(config)
@@ -381,56 +380,3 @@ def _check_same_run(old, new, workdir):
                 f"{workdir} holds checkpoints made with {name}={old.get(name)!r}, this run has {new.get(name)!r}; "
                 "use another --workdir or the same setting."
             )
-
-
-def make_folder(folder, *, flag):
-    """Make a folder for the value of a `flag`; raises UsageError if no files can be written there."""
-    _probe(folder, flag=flag, value=folder)
-
-
-def result_file(name, *, flag="out"):
-    """Return the path of the file that a `flag` names and make its folder; raises UsageError if it cannot be written.
-
-    Call it before the work.
-    """
-    path = pathlib.Path(name)
-    if path.is_dir() or path.suffix in (".png", ".npz"):
-        kind = "folder" if path.is_dir() else "picture or arrays, which are written beside it"
-        raise UsageError(f"--{flag}={name} must name a file, not a {kind}.")
-    _probe(path.parent, flag=flag, value=name)
-    return path
-
-
-def _probe(folder, *, flag, value):
-    """Make a folder and a file in it, which is gone at once; only that shows what can be written, even to root."""
-    try:
-        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"--{flag}={value} cannot be written: {error}.") from error
-
-
-def read_json(path):
-    """Return the value in a file; raises UsageError if it is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} cannot be read ({error}); move it elsewhere, and it is made anew.") from error
-
-
-def write_json(path, value):
-    """Write a file, whose folder is made, so that it is never seen in part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_text(path, text):
-    """Write a file so that whoever reads it, also after a crash, sees the old text or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -10,7 +10,7 @@ import time
 
 from absl import logging
 
-from experiments.common import entry
+from experiments.common import entry, files
 
 try:
     from tensorboardX import record_writer, summary
@@ -34,7 +34,7 @@ class MetricsWriter:
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         if self._path.exists():
             lines = self._path.read_text().splitlines(keepends=True)
-            entry.replace_text(self._path, "".join(line for line in lines if _step_of(line) <= resume_step))
+            files.replace_text(self._path, "".join(line for line in lines if _step_of(line) <= resume_step))
         if record_writer:
             folder = self._path.with_name("tensorboard")
             with self._may_fail():

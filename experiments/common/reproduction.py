@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.common import control, datasets, entry, figures, iql_run, stages, time_budget, transformer_run
+from experiments.common import control, datasets, entry, figures, files, iql_run, stages, time_budget, transformer_run
 from tt_jax import checkpoints, environments, iql, minari_files, rollouts, sequence_planner, trajectories, transformer
 
 IQL_SHARE = 0.3  # of the minutes of training, at most
@@ -148,7 +148,7 @@ def _play_all(experiment, num_episodes, ends, guided) -> dict[str, dict]:
             if record["num_cut"]:
                 played[name] = record
                 continue
-            entry.write_json(path, record)
+            files.write_json(path, record)
         played[name] = json.loads(path.read_text())
     return played
 

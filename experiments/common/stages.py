@@ -21,7 +21,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from experiments.common import control, datasets, entry, figures, recording, settings, signals, transformer_run
+from experiments.common import control, datasets, entry, figures, files, recording, settings, signals, transformer_run
 from tt_jax import checkpoints, rollouts, sequence_planner
 
 
@@ -64,11 +64,11 @@ def results(
     workdir = experiment.workdir
     settings = json.loads(json.dumps(numbers | {"config": experiment.config.to_dict()}))
     path = workdir / "settings.json"
-    if path.exists() and entry.read_json(path) != settings and _has_results(workdir):
+    if path.exists() and files.read_json(path) != settings and _has_results(workdir):
         raise entry.UsageError(f"{workdir} holds a run with other settings, see {path}; use another --workdir.")
-    entry.write_json(path, settings)
+    files.write_json(path, settings)
     path = workdir / "results.json"
-    if path.exists() and is_complete(parts := entry.read_json(path)):
+    if path.exists() and is_complete(parts := files.read_json(path)):
         logging.info("%s is done; another --workdir starts anew.", workdir)
         return parts
     started = time.time()
@@ -78,7 +78,7 @@ def results(
         "commit": entry.commit_id(),
         "settings": settings,
     }
-    entry.write_json(path, parts)
+    files.write_json(path, parts)
     return parts
 
 
@@ -103,14 +103,14 @@ def once(path: pathlib.Path, make_fn: Callable[[], Any], *, title: str | None = 
     if path.exists():
         logging.info("%salready done", f"{title}: " if title else "")
     elif is_json:
-        entry.write_json(path, make_fn())
+        files.write_json(path, make_fn())
     else:
         arrays, temporary = make_fn(), path.with_name("unfinished.npz")
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(temporary, **arrays)
         temporary.replace(path)
     if is_json:
-        return entry.read_json(path)
+        return files.read_json(path)
     try:
         with np.load(path) as file:
             return dict(file)

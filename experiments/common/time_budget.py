@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from experiments.common import entry, training_loop
+from experiments.common import entry, files, training_loop
 from tt_jax import checkpoints, data_parallel, iql_training, training
 
 RESERVE = 0.03  # share of the time that is left for checkpoints and for what varies
@@ -40,7 +40,7 @@ def recorded(workdir: str, minutes: float | None, make_fn: Callable[[], dict[str
     numbers = make_fn()
     if entry.is_main_process():
         device = jax.devices()[0].device_kind
-        entry.write_json(path, {"minutes": minutes, "device": device, "numbers": numbers})
+        files.write_json(path, {"minutes": minutes, "device": device, "numbers": numbers})
     return numbers
 
 
