@@ -43,6 +43,10 @@ fi
 # A stamp in the environment says that this setup.py was installed from this folder with these extras.
 stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.tt_jax-$1-$(cat setup.py <(pwd) | cksum | tr ' ' '-')"
 if [[ ! -e "$stamp" ]]; then
+  if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then
+    echo "PYTHON=$PYTHON has no pip to install tt_jax with: run $PYTHON -m ensurepip first, or leave PYTHON= out." >&2
+    exit 2
+  fi
   echo "Installing tt_jax[$1]"
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".[$1]"
   touch "$stamp"

@@ -1,7 +1,9 @@
 """The launch scripts find a Python that works."""
 
+import os
 import subprocess
 import sys
+import venv
 
 import pytest
 from entry_points import ROOT
@@ -33,3 +35,13 @@ def test_the_first_python_of_the_version_that_runs_is_found(tmp_path):
     add_program(tmp_path / "python3", own)
     assert find_python(OWN_VERSION, tmp_path) == "python3"
     assert find_python("3.1", tmp_path) == ""
+
+
+def test_an_interpreter_without_pip_is_refused_in_one_line(tmp_path):
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    command = ["bash", "-euc", f'source "{ROOT}/launch/environment.sh" test']
+    python = str(environment / "bin" / "python")
+    done = subprocess.run(command, env=os.environ | {"PYTHON": python}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and f"{python} -m ensurepip" in done.stderr
