@@ -78,7 +78,7 @@ def _scale_down(config):
     config.baselines.cql.discount = config.iql.discount
     config.baselines.cql.num_samples = 4
     config.baselines.cql.train.batch_size = 128
-    config.baselines.cql.train.num_steps = 100_000
+    config.baselines.cql.train.num_steps = 40_000
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step
     config.plan.beam_width = 32
