@@ -167,7 +167,8 @@ def table(found: dict) -> list[str]:
 
     def line(title, rows, name):
         cells = [rows[name][step - 1] for step in steps]
-        return f"  {title:<42}" + "".join(f"{'-':>10}" if each is None else f"{each:10.3f}" for each in cells)
+        texts = ["-" if cell is None else f"{cell:.3f}" if abs(cell) < 1000 else f"{cell:.1e}" for cell in cells]
+        return f"  {title:<42}" + "".join(f"{text:>10}" for text in texts)
 
     lines = [f"{found['dataset']}: {found['num_starts'][0]} starts, {found['settings']['num_samples']} samples"]
     titles = {
