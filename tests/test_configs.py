@@ -51,8 +51,10 @@ FAST = {
     **{f"{name}-fast": locomotion.get_config(f"{name}-fast") for name in LOCOMOTION},
     **{f"antmaze-{name}-fast": antmaze.get_config(f"{name}-fast") for name in antmaze.MAZES},
 }
+CPU = {f"{name}-cpu": locomotion.get_config(f"{name}-cpu") for name in LOCOMOTION}
 ANY_DATASET = {f"dataset-{size}": dataset.get_config(size) for size in dataset.SIZES}  # has no score to keep
 ANY_DATASET["humanoid"] = humanoid.get_config()
+EVERY = CONFIGS | FAST | CPU | ANY_DATASET
 
 
 def flatten(config):
@@ -66,7 +68,7 @@ def flatten(config):
     return flat
 
 
-@pytest.mark.parametrize("config", (CONFIGS | ANY_DATASET).values(), ids=CONFIGS | ANY_DATASET)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def test_every_configuration_passes_its_own_checks(config):
     assert settings.checked(config) is config
 
@@ -78,7 +80,7 @@ def test_every_field_is_what_is_stored(name):
     assert set(STORED) == {"common", *CONFIGS}
 
 
-@pytest.mark.parametrize("config", (CONFIGS | FAST | ANY_DATASET).values(), ids=CONFIGS | FAST | ANY_DATASET)
+@pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def test_every_field_belongs_to_a_record_and_makes_a_valid_one(config):
     assert set(config) == {"seed", "dataset", "eval", "baselines", *RECORDS}
     for part, record in RECORDS.items():
@@ -111,6 +113,15 @@ def test_the_fast_ones_end_their_schedule_with_the_run_and_plan_as_the_paper():
             paper = CONFIGS[name.removesuffix("-fast")]
             assert config.plan == paper.plan
             assert config.dataset == paper.dataset and config.data == paper.data
+
+
+def test_the_small_bodies_end_their_schedule_with_the_run_and_learn_from_the_papers_data():
+    for name, config in CPU.items():
+        tokens = {"hopper": 16, "halfcheetah": 25, "walker2d": 25, "ant": 37}[name.split("-")[0]]
+        windows = config.train.num_steps * config.train.batch_size
+        assert config.train.final_tokens == windows * (config.model.max_transitions * tokens - 1)
+        assert config.data == CONFIGS[name.removesuffix("-cpu")].data
+        assert config.plan.action_cdf == config.plan.action_top_k == 0 < config.plan.action_central < 1
 
 
 def test_lengths_of_training_are_those_of_the_paper():

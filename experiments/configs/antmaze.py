@@ -69,16 +69,8 @@ def _scale_down(config):
     config.train.eval_every = config.train.checkpoint_every = 4_000
 
     config.iql_train.num_steps = 250_000
-    config.baselines.dt.num_layers = 2
-    config.baselines.dt.embed_dim = 64
-    config.baselines.dt.learning_rate = 1e-3
-    config.baselines.dt.warmup_steps = 1_000
-    config.baselines.dt.train.batch_size = 32
-    config.baselines.dt.train.num_steps = 20_000
+    base.small_baselines(config)
     config.baselines.cql.discount = config.iql.discount
-    config.baselines.cql.num_samples = 4
-    config.baselines.cql.train.batch_size = 128
-    config.baselines.cql.train.num_steps = 40_000
 
     config.plan.horizon = 1  # a model of this size walks better than it imagines: it plans anew at every step
     config.plan.beam_width = 32
