@@ -275,7 +275,9 @@ def test_densities_of_squashed_actions_follow_from_the_change_of_variables(data)
     np.testing.assert_allclose(actions, np.tanh(mean + np.exp(log_std - 1) * noise), atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"lagrange_gap": 0.0}, {"lagrange_gap": 2.0, "max_backup": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"lagrange_gap": 0.0}, {"lagrange_gap": 2.0, "max_backup": True, "reward_scale": 3.0}], ids=str
+)
 def test_the_losses_of_cql_are_those_of_its_equations(data, settings):
     _, config, store, state = make_learner(cql, data, discount=0.9, **settings)
     weight = 1.7 if config.lagrange_gap else 1.0
@@ -304,7 +306,7 @@ def test_the_losses_of_cql_are_those_of_its_equations(data, settings):
         next_actions = [policy(after[i], noise[1 + m + j, i]) for j in range(m)]
         backups = [q("target_critic", after[i], action).min() for action, _ in next_actions]
         backup = max(backups) if config.max_backup else backups[0]
-        target = store.rewards[i] + 0.9 * store.not_terminal[i] * backup
+        target = config.reward_scale * store.rewards[i] + 0.9 * store.not_terminal[i] * backup
         here_actions = [policy(here[i], noise[1 + j, i]) for j in range(m)]
         candidates = [(uniform[j, i], -2 * np.log(2)) for j in range(m)] + here_actions + next_actions
         total = sum(np.exp(q("critic", here[i], action)) / np.exp(density) for action, density in candidates)

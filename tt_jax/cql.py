@@ -38,12 +38,13 @@ class Config:
     lagrange_gap: float = 0.0  # the penalty's weight rises above this gap and falls below; 0: it is fixed
     max_backup: bool = False  # back up the best of M actions of the policy instead of one
     reward_units: str = "raw"  # as in IQLConfig
+    reward_scale: float = 1.0  # of rewards in these units; the penalty tells apart values that differ by more than 1
 
     def __post_init__(self):
         rates = ("actor_learning_rate", "critic_learning_rate")
         types.check_ranges(
             self,
-            positive=("hidden_dims", *rates, "num_samples"),
+            positive=("hidden_dims", *rates, "num_samples", "reward_scale"),
             not_negative=("penalty_weight",),
             shares=("discount", "tau"),
         )
@@ -106,7 +107,7 @@ def update(
     backups = jnp.min(
         _q(params["target_critic"], next_observations, after[: count if config.max_backup else 1]), axis=0
     )
-    target = iql.transform_rewards(params, batch.rewards)
+    target = config.reward_scale * iql.transform_rewards(params, batch.rewards)
     target += config.discount * batch.not_terminal * jnp.max(backups, axis=0)
     log_density = jnp.concatenate(
         [jnp.full_like(here_log_prob, -config.action_dim * np.log(2.0)), here_log_prob, after_log_prob]
