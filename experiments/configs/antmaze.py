@@ -53,9 +53,7 @@ def _scale_down(config):
     config.model.num_heads = 3
     config.model.embed_dim = 96
     config.model.max_transitions = 1  # all that the plans below read; learns faster than 4, see docs/mazes.md
-    config.model.embedding_dropout = 0.0  # noise on the inputs does more, see docs/mazes.md
-    config.model.attention_dropout = 0.0
-    config.model.residual_dropout = 0.0
+    base.no_dropout(config)  # noise on the inputs does more, see docs/mazes.md
     config.model.smooth_embedding = True  # this and Muon: the same loss of action tokens after 40% of the updates
 
     config.train.batch_size = 32

@@ -65,25 +65,35 @@ def fast(config, *, transition_dim):
     """
     config.model.dtype = "bfloat16"
     config.model.smooth_embedding = True
-    config.model.embedding_dropout = 0.0
-    config.model.attention_dropout = 0.0
-    config.model.residual_dropout = 0.0
+    no_dropout(config)
 
     config.train.optimizer = "muon"
     config.train.batch_size = 512
     config.train.num_steps = 40_000
     config.train.learning_rate = 3e-3
-    config.train.clamp_cosine = True
-    windows = config.train.num_steps * config.train.batch_size
-    config.train.final_tokens = windows * (config.model.max_transitions * transition_dim - 1)  # all updates
+    end_schedule_with_run(config, transition_dim=transition_dim)
     config.train.warmup_tokens = config.train.final_tokens // 50
     config.train.input_noise = 5.0
     config.train.input_noise_steps = config.train.num_steps * 17 // 20
     config.train.steps_per_call = config.train.log_every = 500  # a call ends where something is logged
 
 
+def no_dropout(config):
+    """Switch all dropout of the transformer off."""
+    config.model.embedding_dropout = 0.0
+    config.model.attention_dropout = 0.0
+    config.model.residual_dropout = 0.0
+
+
+def end_schedule_with_run(config, *, transition_dim):
+    """Let the learning rate reach its floor with the last update; sizes and `train.num_steps` come first."""
+    config.train.clamp_cosine = True
+    windows = config.train.num_steps * config.train.batch_size
+    config.train.final_tokens = windows * (config.model.max_transitions * transition_dim - 1)
+
+
 def small_baselines(config):
-    """Change the baselines of `config` for a CPU core, at most half an hour for each training."""
+    """Change the baselines of `config` for a CPU core, about half an hour for each training."""
     dt, cql = config.baselines.dt, config.baselines.cql
     dt.num_layers = 2
     dt.embed_dim = 64

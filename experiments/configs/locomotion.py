@@ -66,16 +66,13 @@ def _scale_down(config, *, transition_dim):
     config.model.num_layers = 3
     config.model.embed_dim = 96
     config.model.max_transitions = 4
-    config.model.embedding_dropout = 0.0  # too few updates to overfit
-    config.model.attention_dropout = 0.0
-    config.model.residual_dropout = 0.0
+    base.no_dropout(config)  # too few updates to overfit
 
     config.train.batch_size = 64
     config.train.num_steps = 9_500
     config.train.learning_rate = 2e-3
-    config.train.clamp_cosine = True
     config.train.warmup_tokens = 1_000_000
-    config.train.final_tokens = 9_500 * 64 * (4 * transition_dim - 1)  # all updates
+    base.end_schedule_with_run(config, transition_dim=transition_dim)
 
     config.iql_train.num_steps = 100_000
     config.iql_train.eval_every = config.iql_train.checkpoint_every = 20_000

@@ -38,9 +38,7 @@ def in_minutes():
     config.data.eval_fraction = 0.05
     config.data.num_bins = 32  # coarse: distances in the maze are learned sooner
 
-    config.model.embedding_dropout = 0.0  # few passes over the data
-    config.model.attention_dropout = 0.0
-    config.model.residual_dropout = 0.0
+    base.no_dropout(config)  # few passes over the data
 
     config.train.batch_size = 96
     config.train.learning_rate = 4e-3
