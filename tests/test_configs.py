@@ -151,6 +151,9 @@ def test_planning_is_that_of_the_paper(name, horizon, beam_width, action_cdf, ac
 def test_an_unknown_selection_lists_the_known_ones():
     with pytest.raises(ValueError, match="hoper-medium.*hopper-medium"):
         locomotion.get_config("hoper-medium")
+    for module, name in ((locomotion, "hopper-medium-fast-cpu"), (antmaze, "umaze-cpu-fast")):  # one size, not two
+        with pytest.raises(ValueError, match=f"no settings called '{name}'"):
+            module.get_config(name)
 
 
 def test_iql_is_that_of_the_paper():

@@ -19,7 +19,7 @@ MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play"
 
 def get_config(name="medium-diverse"):
     """Return the settings of one dataset, such as "medium-diverse", "medium-diverse-cpu" or "medium-diverse-fast"."""
-    maze_name = name.removesuffix("-cpu").removesuffix("-fast")
+    maze_name, size = base.split_size(name)
     if maze_name not in MAZES:
         raise ValueError(
             f"no settings called {name!r}; choose one of {MAZES}, with -cpu for small ones, -fast for a GPU"
@@ -30,10 +30,10 @@ def get_config(name="medium-diverse"):
     config.data.observation_keys = ("achieved_goal", "observation")  # the goal is always the same
     config.train.batch_size = 128
     config.train.eval_every = config.train.checkpoint_every = 5_000
-    if name.endswith("-cpu"):
+    if size == "cpu":
         _guide(config)
         _scale_down(config)
-    elif name.endswith("-fast"):
+    elif size == "fast":
         _guide(config)
         config.model.max_transitions = 5  # all that the plans read
         base.fast(config, transition_dim=39)

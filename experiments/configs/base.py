@@ -57,6 +57,12 @@ def get_config():
     return config.lock()
 
 
+def split_size(name):
+    """Split "hopper-medium-cpu" into "hopper-medium" and the size, "cpu" or "fast"; a name without one has ""."""
+    rest, _, size = name.rpartition("-")
+    return (rest, size) if size in ("cpu", "fast") else (name, "")
+
+
 def fast(config, *, transition_dim):
     """Change `config`, of data with `transition_dim` tokens per transition, for minutes on a GPU.
 

@@ -24,7 +24,8 @@ DATA = ("medium", "medium-replay", "medium-expert")
 
 def get_config(name="hopper-medium"):
     """Return the settings of one dataset, such as "hopper-medium", "hopper-medium-cpu" or "hopper-medium-fast"."""
-    body, _, data = name.removesuffix("-cpu").removesuffix("-fast").partition("-")
+    dataset, size = base.split_size(name)
+    body, _, data = dataset.partition("-")
     if body not in BODIES or data not in DATA:
         names = [f"{each}-{data}" for each in BODIES for data in DATA]
         raise ValueError(
@@ -42,9 +43,9 @@ def get_config(name="hopper-medium"):
     config.train.eval_every = config.train.checkpoint_every = 5_000
     config.plan.update(_plan_changes(body, data))
     config.baselines.dt.targets = RETURN_TARGETS.get(body, ())
-    if name.endswith("-fast"):
+    if size == "fast":
         base.fast(config, transition_dim=BODIES[body])
-    elif name.endswith("-cpu"):
+    elif size == "cpu":
         _scale_down(config, transition_dim=BODIES[body])
     return config
 
