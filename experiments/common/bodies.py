@@ -40,7 +40,8 @@ def draw_strip(starts: open_loop_run.Starts, measured: dict, data: datasets.Data
                 axes.set(xticks=[], yticks=[], title=f"step {step}" if title == "real" else "")
             axes_row[0].set_ylabel(title)
     except Exception as error:  # whatever is missing of OpenGL shows only here, each time in another way
-        return logging.info("no pictures of bodies: nothing renders here (%s).", type(error).__name__)
+        hint = "they need a display or MUJOCO_GL=egl or osmesa"
+        return logging.info("no pictures of bodies: %s (%s).", hint, type(error).__name__)
     finally:
         env.close()
     figures.save(figure, path)
