@@ -1,6 +1,8 @@
 """Measurements of planners: what plans promise and keep in real states, and the command that compares planners."""
 
+import functools
 import json
+import operator
 
 import gymnasium
 import jax
@@ -9,7 +11,7 @@ import pytest
 from test_sequence_planner import ONE_LAYER, SPEC, random_params
 
 from experiments.common import planner_study, planners
-from tt_jax import action_planner, checkpoints, rollouts, sequence_planner, tokenization, trajectories
+from tt_jax import action_planner, checkpoints, iql, rollouts, sequence_planner, tokenization, trajectories
 
 pytest_plugins = ["entry_fixtures"]
 
@@ -31,17 +33,16 @@ class Clock(gymnasium.Env):
         return np.array([*self.sums, self.time / 10]), float(self.time), self.time == self.limit, False, {}
 
 
-def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
-    params = random_params(config=ONE_LAYER, stop_logit=-30.0)
-    plan_config = sequence_planner.PlanConfig(
-        horizon=3, beam_width=4, window=(3, 2), context_transitions=2, discount=0.5
-    )
-    study = planner_study.Study(
+PLAN_CONFIG = sequence_planner.PlanConfig(horizon=3, beam_width=4, window=(3, 2), context_transitions=2, discount=0.5)
+
+
+def make_study(params, learners=None):
+    return planner_study.Study(
         checkpoint=checkpoints.Checkpoint(
             step=0, params=params.transformer, config=ONE_LAYER, tokenizer=params.discretizer, state=None, run={}
         ),
-        learners=None,
-        plan_config=plan_config,
+        learners=learners,
+        plan_config=PLAN_CONFIG,
         search_config=action_planner.SearchConfig(),
         data_config=trajectories.DataConfig(),
         make_env=Clock,
@@ -50,6 +51,23 @@ def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
         reference=None,
         check_fn=lambda: None,
     )
+
+
+def past_of(episode, params, start):
+    """Return the end of the first `start` steps of a recorded episode as a planner reads it: context, observation."""
+    past = rollouts.Episode(
+        seed=0,
+        observations=episode.observations[: start + 1],
+        actions=episode.actions[:start],
+        rewards=episode.rewards[:start],
+    )
+    context = rollouts.encode_context([past], discretizer=params.discretizer, spec=SPEC, context_transitions=2)
+    return context, past.observations[-1][None]
+
+
+def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
+    params = random_params(config=ONE_LAYER, stop_logit=-30.0)
+    plan_config, study = PLAN_CONFIG, make_study(params)
     recorded = planner_study.record(study)
     assert [(episode.seed, episode.length) for episode in recorded] == [(seed, 22) for seed in range(5, 9)]
     ((cell, cell_config),) = planner_study.cells(plan_config, [("shoot", (3, 4)), ("shoot", (3, 4))])
@@ -66,26 +84,49 @@ def test_plans_are_executed_in_the_recorded_states_and_compared_step_by_step():
     for episode in recorded:
         for start in (0, 10, 20):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), episode.seed), start)
-            past = rollouts.Episode(
-                seed=0,
-                observations=episode.observations[: start + 1],
-                actions=episode.actions[:start],
-                rewards=episode.rewards[:start],
-            )
-            context = rollouts.encode_context([past], discretizer=params.discretizer, spec=SPEC, context_transitions=2)
-            arguments = (params, key[None], context, past.observations[-1][None])
+            context, observation = past_of(episode, params, start)
+            arguments = (params, key[None], context, observation)
             plan = plan_fn(*arguments)
             steps = predict_fn(*arguments, plan.actions)
             predicted.append(np.sum(0.5 ** np.arange(3) * steps.reward[0]))
             log_probs.append(np.mean(steps.log_prob))
             imagined = tokenization.decode(params.discretizer, plan.tokens[0, 1:, :3], dims=slice(3))
-            sums = np.cumsum(np.concatenate([past.observations[-1][None, :2], plan.actions[0, :2]]), axis=0)[1:]
+            sums = np.cumsum(np.concatenate([observation[:, :2], plan.actions[0, :2]]), axis=0)[1:]
             seen = np.column_stack([sums, (start + np.arange(1, 3)) / 10])[: 21 - start]
             scale = np.std(params.discretizer.centers[:3], axis=1)
             errors.append(np.mean(np.abs(imagined[: len(seen)] - seen) / scale))
     for name, values in (("predicted", predicted), ("observation_error", errors), ("log_prob", log_probs)):
         np.testing.assert_allclose(row[name]["mean"], np.mean(values), rtol=1e-5)
     np.testing.assert_allclose(row["predicted_minus_real"]["mean"], np.mean(predicted) - np.mean(real), rtol=1e-5)
+
+
+def test_with_learners_plans_promise_what_the_search_scores_and_keep_rewards_and_a_value():
+    units = {"observation_mean": np.ones(3), "observation_std": np.ones(3), "reward_scale": 3.0, "reward_shift": -0.5}
+    init = functools.partial(
+        iql.init, config=iql.IQLConfig(observation_dim=3, action_dim=2, hidden_dims=(8,)), units=units
+    )
+    learners = jax.vmap(init)(jax.random.split(jax.random.key(1), 2)).params
+    params = random_params(config=ONE_LAYER, stop_logit=-30.0).replace(extra=learners)
+    study = make_study(params, learners)
+    recorded = planner_study.record(study)
+    ((cell, cell_config),) = planner_study.cells(PLAN_CONFIG, [("shoot", (2, 4))])
+    row = planner_study.promise_and_keep(study, cell, cell_config, recorded)
+
+    guided = sequence_planner.guide_by_q(discount=0.5)
+    plan_fn = jax.jit(action_planner.make_shoot_plan_fn(config=ONE_LAYER, plan_config=cell_config, **guided))
+    scores, came = [], []
+    for start in (0, 10, 20):
+        for episode in recorded:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), episode.seed), start)
+            context, observation = past_of(episode, params, start)
+            plan = plan_fn(params, key[None], context, observation)
+            scores.append(plan.scores[0, 0])
+            rewards = 3 * (start + 1) - 0.5 + 0.5 * (3 * (start + 2) - 0.5)
+            end = np.append(observation[0, :2] + plan.actions[0].sum(axis=0), (start + 2) / 10)
+            values = [iql.values(jax.tree.map(operator.itemgetter(i), learners), end) for i in range(2)]
+            came.append(rewards + (0.25 * np.mean(values) if start < 20 else 0.0))  # step 22 ends the episode
+    np.testing.assert_allclose(row["predicted"]["mean"], np.mean(scores), rtol=1e-4)
+    np.testing.assert_allclose([state["real"] for state in row["states"]], came, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")

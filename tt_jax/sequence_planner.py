@@ -209,12 +209,17 @@ def guide_by_q(*, discount: float) -> dict[str, Callable[..., chex.Array]]:
     """
 
     def q_fn(params, observation, action):
-        return jnp.min(jax.vmap(iql.q_values, (0, None, None))(params.extra, observation, action), axis=(0, 1))
+        return least_q(params.extra, observation, action)
 
     def reward_fn(params, reward):
         return iql.transform_rewards(jax.tree.map(lambda leaf: leaf[0], params.extra), reward)
 
     return {"score_fn": planning.score_by_q(q_fn, discount=discount), "reward_fn": reward_fn}
+
+
+def least_q(learners: types.Params, observation: chex.Array, action: chex.Array) -> chex.Array:
+    """Return the least Q [...] of all critics of stacked `learners` at observation [..., N] and action [..., A]."""
+    return jnp.min(jax.vmap(iql.q_values, (0, None, None))(learners, observation, action), axis=(0, 1))
 
 
 class Model:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import control, planners
-from tt_jax import action_planner, checkpoints, rollouts, sequence_planner, trajectories, types
+from tt_jax import action_planner, checkpoints, iql, rollouts, sequence_planner, trajectories, types
 
 STARTS = (0, 10, 20, 30)  # steps of the recorded episodes from which plans are executed
 
@@ -99,9 +100,11 @@ def promise_and_keep(
     """Plan once in real states, execute the plans to their end, and compare with what the model predicts of them.
 
     States are reached again by the recorded actions after a reset with the same seed. Returns are the discounted sums
-    of rewards over the horizon, values left out; errors of observations are mean absolute ones in standard deviations
-    of the bins of each dimension; log-probabilities are those of whole actions. All are means over the states with
-    standard errors; "states" has the returns of each, in an order that is the same for all cells.
+    of rewards over the horizon, values left out. With learners they are in the units of Q and go on: predicted is the
+    score of the search, with Q of the last step in place of its reward, and what came ends with V of the last state,
+    the mean over learners. Errors of observations are mean absolute ones in standard deviations of the bins of each
+    dimension; log-probabilities are those of whole actions. All are means over the states with standard errors;
+    "states" has the returns of each, in an order that is the same for all cells.
     """
     plan_config = dataclasses.replace(plan_config, replan_every=cell.horizon)
     planner, _ = _compiled_policy(study, cell, plan_config)
@@ -180,11 +183,19 @@ def _predict(study, plan_config, predict_fn, states, actions):
 def _compare(study, episode, start, steps):
     """Compare what was expected of the steps from `start` on with what came; without an imagined step no error."""
     discount, horizon = study.plan_config.discount, len(steps.reward)
-    powers = discount ** np.arange(horizon)
+    powers = discount ** np.arange(horizon + 1)
     is_before_end = np.cumprod(np.concatenate([[1], ~steps.terminal[:-1]]))
     real = np.array(episode.rewards[start:])  # fewer than the horizon where the episode ended
-    predicted = float(np.sum(powers * is_before_end * steps.reward))
-    came = float(np.sum(powers[: len(real)] * real))
+    expected, after = steps.reward, 0.0
+    if study.learners is not None:
+        units = jax.tree.map(lambda leaf: leaf[0], study.learners)
+        last_q = sequence_planner.least_q(study.learners, steps.observation[-1], steps.action[-1])
+        expected = np.append(iql.transform_rewards(units, expected)[:-1], last_q)
+        real = np.asarray(iql.transform_rewards(units, real))
+        if not episode.terminated:
+            after = float(jnp.mean(jax.vmap(iql.values, (0, None))(study.learners, episode.observations[-1])))
+    predicted = float(np.sum(powers[:-1] * is_before_end * expected))
+    came = float(np.sum(powers[: len(real)] * real) + powers[len(real)] * after)
     scale = np.std(study.checkpoint.tokenizer.centers[: steps.observation.shape[-1]], axis=1)
     scale = np.where(scale > 0, scale, 1.0)
     seen = np.array(episode.observations[start + 1 : start + len(real)])  # [H - 1, N]
