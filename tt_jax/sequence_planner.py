@@ -212,7 +212,7 @@ def guide_by_q(*, discount: float) -> dict[str, Callable[..., chex.Array]]:
         return least_q(params.extra, observation, action)
 
     def reward_fn(params, reward):
-        return iql.transform_rewards(jax.tree.map(lambda leaf: leaf[0], params.extra), reward)
+        return rewards_of_q(params.extra, reward)
 
     return {"score_fn": planning.score_by_q(q_fn, discount=discount), "reward_fn": reward_fn}
 
@@ -220,6 +220,11 @@ def guide_by_q(*, discount: float) -> dict[str, Callable[..., chex.Array]]:
 def least_q(learners: types.Params, observation: chex.Array, action: chex.Array) -> chex.Array:
     """Return the least Q [...] of all critics of stacked `learners` at observation [..., N] and action [..., A]."""
     return jnp.min(jax.vmap(iql.q_values, (0, None, None))(learners, observation, action), axis=(0, 1))
+
+
+def rewards_of_q(learners: types.Params, rewards: chex.Array) -> chex.Array:
+    """Bring rewards [...] of the environment to the units of Q, which stacked `learners` share."""
+    return iql.transform_rewards(jax.tree.map(lambda leaf: leaf[0], learners), rewards)
 
 
 class Model:

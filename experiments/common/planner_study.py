@@ -188,10 +188,9 @@ def _compare(study, episode, start, steps):
     real = np.array(episode.rewards[start:])  # fewer than the horizon where the episode ended
     expected, after = steps.reward, 0.0
     if study.learners is not None:
-        units = jax.tree.map(lambda leaf: leaf[0], study.learners)
         last_q = sequence_planner.least_q(study.learners, steps.observation[-1], steps.action[-1])
-        expected = np.append(iql.transform_rewards(units, expected)[:-1], last_q)
-        real = np.asarray(iql.transform_rewards(units, real))
+        expected = np.append(sequence_planner.rewards_of_q(study.learners, expected[:-1]), last_q)
+        real = np.asarray(sequence_planner.rewards_of_q(study.learners, real))
         if not episode.terminated:
             after = float(jnp.mean(jax.vmap(iql.values, (0, None))(study.learners, episode.observations[-1])))
     predicted = float(np.sum(powers[:-1] * is_before_end * expected))
