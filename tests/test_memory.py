@@ -53,8 +53,9 @@ def test_training_takes_the_most_windows_that_fit():
     fn, needed = training_loop._fitting(tebibytes, (np.float32(1),), shrink)
     assert fn(1) == 2 and needed < 100 and len(seen) == 1 and 0 < seen[0] < 0.5
     for share, windows in ((0.5, 16), (0.6, 32), (0.04, 2), (0.001, 1)):  # a tenth is left for what does not shrink
-        assert transformer_run._smaller_microbatch(config, share) == windows
-    assert transformer_run._smaller_microbatch(dataclasses.replace(config, microbatch_size=1), 0.1) == 0
+        assert transformer_run._smaller_microbatch(config, share, block_size=1) == windows
+    one = dataclasses.replace(config, microbatch_size=1)
+    assert transformer_run._smaller_microbatch(one, 0.1, block_size=1) == 0
 
 
 def test_other_failures_pass():
@@ -75,7 +76,8 @@ def test_a_limit_of_the_process_counts():
 
 
 def test_a_step_or_a_plan_too_large_for_the_machine_is_told_before_it_runs(train, entry_point, trained, tmp_path):
-    done = train(*MAZE, "--config.train.batch_size=5000000", f"--workdir={tmp_path}")
+    size = [f"--config.train.{name}=5000000" for name in ("batch_size", "microbatch_size")]
+    done = train(*MAZE, *size, f"--workdir={tmp_path}")
     assert done.code == 2, done.stderr
     assert "train_tt: a step of 5000000 windows of 29 tokens" in done.error
     assert "--config.model.remat=True" in done.error and "train.microbatch_size" in done.error

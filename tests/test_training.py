@@ -308,6 +308,32 @@ def test_microbatches_of_four_devices_take_the_same_steps(config, start, train_o
     chex.assert_trees_all_close(got, expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize(
+    "windows, block_size, expected",
+    [(64, 99, 16), (64, 159, 16), (96, 29, 96), (97, 99, 97), (8, 5000, 1)],  # 97 has no divisor but 1
+)
+def test_a_cpu_computes_about_a_thousand_tokens_per_core_at_a_time(config, monkeypatch, windows, block_size, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert config.windows_at_once(windows, block_size=block_size) == expected
+    assert dataclasses.replace(config, microbatch_size=2).windows_at_once(windows, block_size=block_size) == 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert config.windows_at_once(windows, block_size=block_size) == windows
+
+
+def test_a_run_uses_the_microbatches_that_suit_the_processor(config, start, monkeypatch):
+    """Made to fit one window: a train_fn that is traced sees the update of parts of 1 row."""
+    monkeypatch.setattr(training, "_CPU_TOKENS", 1e-3)
+    sizes, accumulate = [], training._accumulate
+
+    def spy(*arguments, size, **rest):
+        sizes.append(size)
+        return accumulate(*arguments, size=size, **rest)
+
+    monkeypatch.setattr(training, "_accumulate", spy)
+    make_train_on_four(config)(data_parallel.replicate(start), 1)
+    assert sizes and set(sizes) == {1}
+
+
 def test_microbatches_must_divide_the_batch_of_a_device(config):
     odd = dataclasses.replace(config, microbatch_size=3)
     settings = {"config": odd, "model_config": golden.CONFIG, "windows_fn": windows_fn, "num_windows": 30}

@@ -7,6 +7,7 @@ position in the data is the step alone. All devices compute the ids of the globa
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable
 
 import chex
@@ -19,6 +20,7 @@ import optax.contrib
 from tt_jax import data_parallel, shards, trajectories, transformer, types
 
 _EVAL_WINDOWS = 2048  # whatever the batch, so that runs can be compared
+_CPU_TOKENS = 1_000  # per core that are computed at a time: what a step writes stays in the cache until it is read
 _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
 
 
@@ -28,7 +30,7 @@ class TrainConfig:
 
     num_steps: int = 195_000  # updates
     batch_size: int = 256  # windows per step over all devices
-    microbatch_size: int = 0  # windows per device whose gradient is computed at a time, which saves memory; 0: all
+    microbatch_size: int = 0  # windows per device whose gradient is computed at a time; 0: see `windows_at_once`
     learning_rate: float = 6e-4  # the highest
     weight_decay: float = 0.1  # of matrices only
     grad_clip: float = 1.0  # largest global norm of the gradient
@@ -54,7 +56,7 @@ class TrainConfig:
         if self.microbatch_size < -1:
             raise ValueError(
                 f"train.microbatch_size={self.microbatch_size} must not be negative, but for -1: as many windows "
-                "as fit, or all, like 0, where nobody finds out."
+                "as fit, or like 0 where nobody finds out."
             )
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f'train.optimizer must be "adamw" or "muon", got "{self.optimizer}".')
@@ -74,9 +76,18 @@ class TrainConfig:
                 "be positive, or both 0 for no noise."
             )
 
-    def windows_at_once(self, local_size: int) -> int:
-        """Return how many of the `local_size` windows of a device are computed at a time."""
-        return self.microbatch_size if self.microbatch_size > 0 else local_size
+    def windows_at_once(self, local_size: int, *, block_size: int) -> int:
+        """Return how many of a device's `local_size` windows of `block_size` tokens are computed at a time.
+
+        Where the configuration leaves it open these are all, and on a CPU the divisor nearest to 1,000 tokens per core.
+        """
+        if self.microbatch_size > 0:
+            return self.microbatch_size
+        if jax.default_backend() != "cpu":
+            return local_size
+        wanted = _CPU_TOKENS * os.cpu_count() / block_size
+        divisors = (size for size in range(1, local_size + 1) if local_size % size == 0)
+        return min(divisors, key=lambda size: abs(math.log(size / wanted)))
 
 
 @chex.dataclass(frozen=True)
@@ -212,7 +223,7 @@ def update(
         )
         return total / num_positions, sums_and_counts
 
-    if config.microbatch_size > 0:
+    if 0 < config.microbatch_size != len(batch.targets):
         first = jax.lax.axis_index(axis_name) if axis_name else 0
         found = _accumulate(grad_fn, state.params, batch, dropout_key, size=config.microbatch_size, zero=0 * first)
     else:
@@ -325,7 +336,9 @@ def make_train_fn(
     if config.num_steps * config.batch_size >= 2**32:
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
-    _check_microbatches(config.windows_at_once(local_size), local_size)
+    size = config.windows_at_once(local_size, block_size=model_config.block_size)
+    _check_microbatches(size, local_size)
+    config = dataclasses.replace(config, microbatch_size=size)
 
     def train(state, store, seed, num_steps, schedule=None):
         lengths = config if schedule is None else schedule
@@ -375,7 +388,7 @@ def make_eval_fn(
     They are rounded up to whole batches.
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
-    size = config.windows_at_once(local_size)
+    size = config.windows_at_once(local_size, block_size=model_config.block_size)
     _check_microbatches(size, local_size)
     num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)

@@ -37,7 +37,9 @@ def train(config, workdir, *, preemption, download=False, minutes=None):
     is_timed = bool(minutes) or time_budget.is_recorded(workdir)
 
     def shrink(share):
-        smaller = _smaller_microbatch(functions["config"], share) if config.train.microbatch_size < 0 else 0
+        if config.train.microbatch_size >= 0:
+            return None
+        smaller = _smaller_microbatch(functions["config"], share, block_size=model_config.block_size)
         if not smaller:
             return None
         logging.info("train.microbatch_size is %d, since more windows at a time do not fit the memory", smaller)
@@ -104,17 +106,18 @@ def _init(seed, train_config, model_config):
         return init(jax.random.key(seed))
 
 
-def _smaller_microbatch(train_config, share):
+def _smaller_microbatch(train_config, share, *, block_size):
     """Return the most windows at a time that need at most the `share` of today's memory, at least 1; 0: none less."""
     windows = train_config.batch_size // jax.device_count()
-    now = train_config.windows_at_once(windows)
+    now = train_config.windows_at_once(windows, block_size=block_size)
     smaller = [size for size in range(1, now) if windows % size == 0]
     return max((size for size in smaller if size <= 0.9 * share * now), default=min(smaller, default=0))
 
 
 def _memory_settings(train_config, model_config):
     """Say which settings make a step smaller; those before the last change nothing but memory."""
-    at_once = train_config.windows_at_once(train_config.batch_size // jax.device_count())
+    windows = train_config.batch_size // jax.device_count()
+    at_once = train_config.windows_at_once(windows, block_size=model_config.block_size)
     return (
         f"try --config.model.remat=True (now {model_config.remat}), a smaller train.microbatch_size (now {at_once} "
         f"windows), train.batch_size ({train_config.batch_size}), shorter windows by model.max_transitions "
