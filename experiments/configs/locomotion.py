@@ -8,9 +8,9 @@ python -m experiments.train_iql --config=experiments/configs/locomotion.py:hoppe
 
 Selection: BODY-DATA with BODY halfcheetah, hopper, walker2d or ant and DATA medium, medium-replay or medium-expert.
 "-fast" at the end is for minutes on a GPU (`experiments.reproduce`, docs/accelerators.md); "-cpu" for half an hour on a
-CPU core, with plans near the model's median (docs/planning.md): on hopper-medium, the one that was measured, medians of
-these 9,500 updates return 2313 ± 40 (docs/results.md). With neither about 200,000 updates for one GPU, which took the
-paper 6 to 12 hours on a V100; not run to its end here.
+CPU core, with plans near the model's median (docs/planning.md): on hopper-medium medians of these 9,500 updates return
+2313 ± 40, and docs/results.md has hopper-medium-replay and halfcheetah-medium, too. With neither about 200,000 updates
+for one GPU, which took the paper 6 to 12 hours on a V100; not run to its end here.
 Minari hosts the medium datasets (for v5 of the environments); the others come from D4RL's files by way of
 `python -m experiments.import_d4rl`.
 """
