@@ -20,7 +20,7 @@ import optax.contrib
 from tt_jax import data_parallel, shards, trajectories, transformer, types
 
 _EVAL_WINDOWS = 2048  # whatever the batch, so that runs can be compared
-_CPU_TOKENS = 1_000  # per core that are computed at a time: what a step writes stays in the cache until it is read
+_CPU_TOKENS = 1_000  # per core that are computed at a time; larger buffers take longer, see docs/performance.md
 _NOISE_SITE = 2**31 - 1  # of the random bits of a row; the places of dropout are counted from 0
 
 
