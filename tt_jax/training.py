@@ -80,8 +80,10 @@ class TrainConfig:
         """Return how many of a device's `local_size` windows of `block_size` tokens are computed at a time.
 
         Where the configuration leaves it open these are all, and on a CPU the divisor nearest to 1,000 tokens per core.
+        Raises ValueError if what it sets does not divide them.
         """
         if self.microbatch_size > 0:
+            _check_microbatches(self.microbatch_size, local_size)
             return self.microbatch_size
         if jax.default_backend() != "cpu":
             return local_size
@@ -337,7 +339,6 @@ def make_train_fn(
         raise ValueError(f"num_steps * batch_size = {config.num_steps * config.batch_size} must be below 2**32.")
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
     size = config.windows_at_once(local_size, block_size=model_config.block_size)
-    _check_microbatches(size, local_size)
     config = dataclasses.replace(config, microbatch_size=size)
 
     def train(state, store, seed, num_steps, schedule=None):
@@ -389,7 +390,6 @@ def make_eval_fn(
     """
     local_size = data_parallel.share_per_device(config.batch_size, flag="train.batch_size")
     size = config.windows_at_once(local_size, block_size=model_config.block_size)
-    _check_microbatches(size, local_size)
     num_batches = math.ceil(min(_EVAL_WINDOWS, num_windows) / config.batch_size)
     spaced = np.linspace(0, num_windows - 1, num_batches * config.batch_size).astype(np.int32)
     ids = spaced.reshape(num_batches, -1, local_size // size, size)  # [batches, devices, parts, rows]
