@@ -199,13 +199,15 @@ def test_every_method_plays_the_same_episodes_for_every_seed(entry_point, traine
         (["--methods=bc,sac"], "--methods=sac must be some of bc,bc10,dt,cql,iql,tt,tt_imitation,tt_q"),
         (["--config.baselines.dt.embed_dim=9", "--config.baselines.dt.num_heads=2", "--methods=bc"], "dt.embed_dim=9"),
         (["--config.model.max_transitions=2"], "plan.window=(3, 2) exceeds model.max_transitions=2; set"),
+        (["--config.guided_plan.window=(9,2)"], "guided_plan.window=(9, 2) exceeds model.max_transitions="),
+        (["--config.guided_plan.num_elites=3"], "num_elites=3 must not exceed beam_width=2."),
         (["--dataset=test/gone-v0"], "Dataset test/gone-v0 not found"),
         (
             ["--dataset=test/within-v0", "--config.data.observation_keys=()"],
             "the dataset names no environment; methods are compared in the environment that their dataset names",
         ),
     ],
-    ids=["unknown", "heads", "window", "dataset", "environment"],
+    ids=["unknown", "heads", "window", "guided_window", "guided_elites", "dataset", "environment"],
 )
 def test_mistakes_are_told_in_one_line(entry_point, tmp_path, arguments, message):
     done = entry_point("compare")(*SMALL, f"--workdir={tmp_path}", *arguments)

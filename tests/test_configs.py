@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from experiments.common import baselines, entry, settings
+from experiments.common import baselines, control, entry, settings
 from experiments.configs import antmaze, base, dataset, four_rooms, humanoid, locomotion, maze, quickstart, sparse_maze
 from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, trajectories, transformer, types
 
@@ -82,12 +82,13 @@ def test_every_field_is_what_is_stored(name):
 
 @pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
 def test_every_field_belongs_to_a_record_and_makes_a_valid_one(config):
-    assert set(config) == {"seed", "dataset", "eval", "baselines", *RECORDS}
+    assert set(config) == {"seed", "dataset", "eval", "baselines", "guided_plan", *RECORDS}
     for part, record in RECORDS.items():
         own = {name: value for name, value in config[part].items() if name not in OTHER_FIELDS.get(part, ())}
         computed = COMPUTED.get(part, {})
         assert set(own) == {field.name for field in dataclasses.fields(record)} - set(computed)
         entry.to_dataclass(record, own, **computed)
+    assert set(config.guided_plan) == set(config.plan)
     assert config.plan.window[0] <= config.model.max_transitions
     for name, baseline in baselines.BASELINES.items():
         own = dict(config.baselines[name])
@@ -122,6 +123,9 @@ def test_the_small_bodies_end_their_schedule_with_the_run_and_learn_from_the_pap
         assert config.train.final_tokens == windows * (config.model.max_transitions * tokens - 1)
         assert config.data == CONFIGS[name.removesuffix("-cpu")].data
         assert config.plan.action_cdf == config.plan.action_top_k == 0 < config.plan.action_central < 1
+        plan, guided = (control.plan_settings(config, guided=guided) for guided in (False, True))
+        assert plan == dict(config.plan)
+        assert guided == plan | {"horizon": 1, "beam_width": 32, "num_elites": 16, "action_central": 1.0}
 
 
 def test_lengths_of_training_are_those_of_the_paper():

@@ -1,5 +1,6 @@
 """IQL from the command line: files, seeds side by side, resuming, guiding the planner, and the caller's mistakes."""
 
+import dataclasses
 import json
 import signal
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from entry_points import MAZE, read_metrics
 
+from experiments.common import control
 from tt_jax import checkpoints, iql
 
 pytest_plugins = ["entry_fixtures"]
@@ -154,6 +156,21 @@ def test_plan_is_guided_by_the_learners(plan, trained, learned):
     assert plan(f"--workdir={trained}", *GUIDED).code == 0
     without = json.loads((plan.folder / "results.json").read_text())
     assert [e["return"] for e in results["episodes"]] != [e["return"] for e in without["episodes"]]
+
+
+def test_plans_with_q_have_their_own_settings_but_for_what_the_command_says(trained, learned, tmp_path):
+    checkpoint = checkpoints.restore(trained)
+    own = dict.fromkeys(checkpoint.run["plan"]) | {"horizon": 1, "num_elites": 4}
+    fields = {name: getattr(checkpoint, name) for name in ("step", "params", "config", "tokenizer")}
+    checkpoints.save(tmp_path, run=checkpoint.run | {"guided_plan": own}, **fields)
+
+    def settings(iql_workdir, **overrides):
+        return control.restore_planner(str(tmp_path), iql_workdir, overrides)[2]
+
+    plain, guided = settings(None), settings(str(learned))
+    assert plain.horizon > 1 == plain.num_elites
+    assert guided == dataclasses.replace(plain, horizon=1, num_elites=4, discount=guided.discount)
+    assert settings(str(learned), horizon=3) == dataclasses.replace(guided, horizon=3)
 
 
 def test_a_q_function_that_does_not_suit_the_model_is_refused(plan, trained, learned, tmp_path):

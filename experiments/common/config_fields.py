@@ -15,7 +15,10 @@ PARTS = {  # what each part of a configuration is about, and the record whose fi
     "data": ("What is read of a dataset, and its tokens", trajectories.DataConfig),
     "model": ("The transformer", transformer.TransformerConfig),
     "train": ("Training of the transformer", training.TrainConfig),
-    "plan": ("Planning; `plan` has a flag `--plan.FIELD` for each", sequence_planner.PlanConfig),
+    "plan": (
+        "Planning; `plan --plan.FIELD` sets each, `guided_plan` those that differ with Q",
+        sequence_planner.PlanConfig,
+    ),
     "iql": ("Implicit Q-Learning", iql.IQLConfig),
     "iql_train": ("Training of IQL", iql_training.IQLTrainConfig),
     "eval": ("Episodes of a policy while it trains", None),
@@ -43,7 +46,8 @@ def page() -> str:
     tables = {part: [] for part in PARTS}
     own = run_flags.comments(base)
     told = {part: run_flags.comments(record) for part, (_, record) in PARTS.items() if record}
-    for name, value in sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep=".").items()):
+    fields = {part: value for part, value in base.get_config().to_dict().items() if part != "guided_plan"}
+    for name, value in sorted(traverse_util.flatten_dict(fields, sep=".").items()):
         part, _, field = name.rpartition(".")
         comment = own.get(name) or told[part][field]
         value = "" if value is None else value

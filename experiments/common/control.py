@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -102,6 +102,12 @@ def stack_learners(params: types.Params) -> types.Params:
     return params if params["units"]["reward_scale"].ndim == 1 else jax.tree.map(lambda leaf: leaf[None], params)
 
 
+def plan_settings(run: Mapping, *, guided: bool) -> dict:
+    """Return the fields of `PlanConfig` that a configuration has for plans with IQL's Q, or without."""
+    changes = run.get("guided_plan", {}) if guided else {}  # older runs have none
+    return dict(run["plan"]) | {name: value for name, value in changes.items() if value is not None}
+
+
 def restore_planner(
     workdir: str, iql_workdir: str | None, overrides: dict, *, step: int | None = None
 ) -> tuple[checkpoints.Checkpoint, types.Params | None, sequence_planner.PlanConfig]:
@@ -112,7 +118,7 @@ def restore_planner(
     """
     checkpoint = restore(workdir, transformer.TransformerConfig, program="train_tt", step=step)
     run, learners = checkpoint.run, None
-    settings = {"discount": run["data"]["discount"]} | run["plan"]
+    settings = {"discount": run["data"]["discount"]} | plan_settings(run, guided=bool(iql_workdir))
     if iql_workdir:
         guide = restore_iql(iql_workdir, run)
         learners = guide.params

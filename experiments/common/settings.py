@@ -5,7 +5,7 @@ import itertools
 
 import ml_collections
 
-from experiments.common import datasets, entry
+from experiments.common import control, datasets, entry
 from experiments.common.baselines import BASELINES
 from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, transformer, types
 
@@ -34,7 +34,8 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
     iql_settings = {name: value for name, value in config.iql.items() if name != "actor_cosine"}
     entry.to_dataclass(transformer.TransformerConfig, config.model, spec=spec)
     entry.to_dataclass(training.TrainConfig, config.train)
-    entry.to_dataclass(sequence_planner.PlanConfig, config.plan)
+    for guided in (False, True):
+        entry.to_dataclass(sequence_planner.PlanConfig, control.plan_settings(config, guided=guided))
     entry.to_dataclass(iql.IQLConfig, iql_settings, **sizes)
     entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
     entry.to_dataclass(ensemble.EnsembleConfig, config.ensemble, **sizes)

@@ -40,11 +40,13 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     settings.checked(config)
     entry.check_alone()
     entry.hold(workdir)
-    if max(config.plan.window) > config.model.max_transitions:
-        raise entry.UsageError(
-            f"plan.window={config.plan.window} exceeds model.max_transitions={config.model.max_transitions}; set a "
-            "smaller window or a larger model."
-        )
+    for guided in (False, True):
+        window = control.plan_settings(config, guided=guided)["window"]
+        if max(window) > config.model.max_transitions:
+            raise entry.UsageError(
+                f"{'guided_' * guided}plan.window={window} exceeds model.max_transitions="
+                f"{config.model.max_transitions}; set a smaller window or a larger model."
+            )
     config.seed, config.dataset = seed, dataset or config.dataset
     return Experiment(config, pathlib.Path(workdir), preemption)
 
@@ -212,13 +214,20 @@ def collect(
 
 
 def planner(
-    experiment: Experiment, checkpoint: checkpoints.Checkpoint, *, max_batch: int, discount=None, **kwargs
+    experiment: Experiment,
+    checkpoint: checkpoints.Checkpoint,
+    *,
+    max_batch: int,
+    discount=None,
+    learners=None,
+    **kwargs,
 ) -> rollouts.Policy:
     """Make a `control.plan_policy`, compiled; `discount` is by default that of the data."""
     config = experiment.config
     discount = config.data.discount if discount is None else discount
-    plan_config = entry.to_dataclass(sequence_planner.PlanConfig, config.plan, discount=discount)
-    policy = control.plan_policy(checkpoint, plan_config, max_batch=max_batch, **kwargs)
+    settings = control.plan_settings(config, guided=learners is not None)
+    plan_config = entry.to_dataclass(sequence_planner.PlanConfig, settings, discount=discount)
+    policy = control.plan_policy(checkpoint, plan_config, max_batch=max_batch, learners=learners, **kwargs)
     logging.info("compiling the planner")
     control.compile_policy(policy, checkpoint.config.spec.observation_dim, max_batch)
     return policy

@@ -6,6 +6,7 @@ Most parts are records of the library, where their fields have defaults and comm
     model       tt_jax.transformer.TransformerConfig
     train       tt_jax.training.TrainConfig
     plan        tt_jax.sequence_planner.PlanConfig
+    guided_plan the same, for plans with IQL's Q; a field without a value is that of plan
     iql         tt_jax.iql.IQLConfig
     iql_train   tt_jax.iql_training.IQLTrainConfig
     ensemble    tt_jax.ensemble.EnsembleConfig, single-step models of the dynamics
@@ -41,6 +42,8 @@ def get_config():
     config.model = _fields_of(transformer.TransformerConfig)
     config.train = _fields_of(training.TrainConfig)
     config.plan = _fields_of(sequence_planner.PlanConfig, without=("discount",))  # data.discount, or that of Q
+    types = {name: type(value) for name, value in config.plan.items()}
+    config.guided_plan = config_dict.ConfigDict({name: config_dict.placeholder(types[name]) for name in types})
 
     config.iql = _fields_of(iql.IQLConfig, without=("actor_cosine_steps",))
     config.iql.actor_cosine = True  # the policy's rate falls to 0 over iql_train.num_steps
