@@ -15,10 +15,7 @@ PARTS = {  # what each part of a configuration is about, and the record whose fi
     "data": ("What is read of a dataset, and its tokens", trajectories.DataConfig),
     "model": ("The transformer", transformer.TransformerConfig),
     "train": ("Training of the transformer", training.TrainConfig),
-    "plan": (
-        "Planning; `plan --plan.FIELD` sets each, `guided_plan` those that differ with Q",
-        sequence_planner.PlanConfig,
-    ),
+    "plan": ("Planning; flags `--plan.FIELD`, and `guided_plan` where Q guides", sequence_planner.PlanConfig),
     "iql": ("Implicit Q-Learning", iql.IQLConfig),
     "iql_train": ("Training of IQL", iql_training.IQLTrainConfig),
     "eval": ("Episodes of a policy while it trains", None),
