@@ -14,7 +14,7 @@ flags = f"{FAST_COMPILATION} --xla_force_host_platform_device_count=4"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["MPLBACKEND"] = "agg"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so start shells what they run in the background
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in what shells run in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests, in all workers, and entry points share what they compile, but with no earlier run of the tests. Most programs

@@ -123,9 +123,9 @@ def test_the_small_bodies_end_their_schedule_with_the_run_and_learn_from_the_pap
         assert config.train.final_tokens == windows * (config.model.max_transitions * tokens - 1)
         assert config.data == CONFIGS[name.removesuffix("-cpu")].data
         assert config.plan.action_cdf == config.plan.action_top_k == 0 < config.plan.action_central < 1
-        plan, guided = (control.plan_settings(config, guided=guided) for guided in (False, True))
+        plan, guided = (dataclasses.asdict(control.plan_config(config, guided=guided)) for guided in (False, True))
         among_all = {"horizon": 1, "beam_width": 32, "num_elites": 16, "action_central": 1.0}
-        assert plan == dict(config.plan)
+        assert plan == dict(config.plan) | {"discount": config.data.discount}
         assert guided == plan | (among_all if name.endswith("-medium-replay-cpu") else {})
 
 

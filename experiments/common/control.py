@@ -102,10 +102,12 @@ def stack_learners(params: types.Params) -> types.Params:
     return params if params["units"]["reward_scale"].ndim == 1 else jax.tree.map(lambda leaf: leaf[None], params)
 
 
-def plan_settings(run: Mapping, *, guided: bool) -> dict:
-    """Return the fields of `PlanConfig` that a configuration has for plans with IQL's Q, or without."""
+def plan_config(run: Mapping, *, guided: bool, **others) -> sequence_planner.PlanConfig:
+    """Return what a configuration says of plans with IQL's Q, or without; `others` go before it."""
     changes = run.get("guided_plan", {}) if guided else {}  # older runs have none
-    return dict(run["plan"]) | {name: value for name, value in changes.items() if value is not None}
+    settings = {"discount": run["data"]["discount"]} | dict(run["plan"])
+    settings |= {name: value for name, value in changes.items() if value is not None}
+    return entry.to_dataclass(sequence_planner.PlanConfig, settings, **others)
 
 
 def restore_planner(
@@ -118,16 +120,15 @@ def restore_planner(
     """
     checkpoint = restore(workdir, transformer.TransformerConfig, program="train_tt", step=step)
     run, learners = checkpoint.run, None
-    settings = {"discount": run["data"]["discount"]} | plan_settings(run, guided=bool(iql_workdir))
     if iql_workdir:
         guide = restore_iql(iql_workdir, run)
         learners = guide.params
-        settings |= {"discount": guide.config.discount}
         if overrides.get("discount", guide.config.discount) != guide.config.discount:
             raise ValueError(
                 f"--plan.discount={overrides['discount']} must be that of the Q-function, {guide.config.discount}."
             )
-    return checkpoint, learners, entry.to_dataclass(sequence_planner.PlanConfig, settings | overrides)
+        overrides = overrides | {"discount": guide.config.discount}
+    return checkpoint, learners, plan_config(run, guided=bool(iql_workdir), **overrides)
 
 
 def vectorize(

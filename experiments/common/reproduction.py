@@ -136,8 +136,7 @@ def _play_all(experiment, num_episodes, ends, guided) -> dict[str, dict]:
     checkpoint = _restore(experiment.workdir)
     learners = _restore_learners(experiment.workdir, checkpoint.run) if guided else None
     discount = learners.config.discount if guided else checkpoint.run["data"]["discount"]
-    settings = control.plan_settings(experiment.config, guided=guided)
-    plan = entry.to_dataclass(sequence_planner.PlanConfig, settings, discount=discount)
+    plan = control.plan_config(experiment.config, guided=guided, discount=discount)
     played, waiting = {}, ways(plan, guided=guided)
     for name, way in list(waiting.items()):
         deadline = time.monotonic() + (ends - time.monotonic()) / len(waiting)

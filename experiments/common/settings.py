@@ -7,7 +7,7 @@ import ml_collections
 
 from experiments.common import control, datasets, entry
 from experiments.common.baselines import BASELINES
-from tt_jax import ensemble, iql, iql_training, learners, sequence_planner, training, transformer, types
+from tt_jax import ensemble, iql, iql_training, learners, training, transformer, types
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict | None:
@@ -35,7 +35,7 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
     entry.to_dataclass(transformer.TransformerConfig, config.model, spec=spec)
     entry.to_dataclass(training.TrainConfig, config.train)
     for guided in (False, True):
-        entry.to_dataclass(sequence_planner.PlanConfig, control.plan_settings(config, guided=guided))
+        control.plan_config(config, guided=guided)
     entry.to_dataclass(iql.IQLConfig, iql_settings, **sizes)
     entry.to_dataclass(iql_training.IQLTrainConfig, config.iql_train)
     entry.to_dataclass(ensemble.EnsembleConfig, config.ensemble, **sizes)

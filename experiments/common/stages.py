@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from experiments.common import control, datasets, entry, figures, files, recording, settings, signals, transformer_run
-from tt_jax import checkpoints, rollouts, sequence_planner
+from tt_jax import checkpoints, rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def begin(config: ml_collections.ConfigDict, workdir: str, *, seed: int, dataset
     entry.check_alone()
     entry.hold(workdir)
     for guided in (False, True):
-        window = control.plan_settings(config, guided=guided)["window"]
+        window = control.plan_config(config, guided=guided).window
         if max(window) > config.model.max_transitions:
             raise entry.UsageError(
                 f"{'guided_' * guided}plan.window={window} exceeds model.max_transitions="
@@ -225,8 +225,7 @@ def planner(
     """Make a `control.plan_policy`, compiled; `discount` is by default that of the data."""
     config = experiment.config
     discount = config.data.discount if discount is None else discount
-    settings = control.plan_settings(config, guided=learners is not None)
-    plan_config = entry.to_dataclass(sequence_planner.PlanConfig, settings, discount=discount)
+    plan_config = control.plan_config(config, guided=learners is not None, discount=discount)
     policy = control.plan_policy(checkpoint, plan_config, max_batch=max_batch, learners=learners, **kwargs)
     logging.info("compiling the planner")
     control.compile_policy(policy, checkpoint.config.spec.observation_dim, max_batch)

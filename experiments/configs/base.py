@@ -42,8 +42,8 @@ def get_config():
     config.model = _fields_of(transformer.TransformerConfig)
     config.train = _fields_of(training.TrainConfig)
     config.plan = _fields_of(sequence_planner.PlanConfig, without=("discount",))  # data.discount, or that of Q
-    types = {name: type(value) for name, value in config.plan.items()}
-    config.guided_plan = config_dict.ConfigDict({name: config_dict.placeholder(types[name]) for name in types})
+    unset = {name: config_dict.placeholder(type(value)) for name, value in config.plan.items()}
+    config.guided_plan = config_dict.ConfigDict(unset)
 
     config.iql = _fields_of(iql.IQLConfig, without=("actor_cosine_steps",))
     config.iql.actor_cosine = True  # the policy's rate falls to 0 over iql_train.num_steps
