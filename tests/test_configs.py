@@ -73,6 +73,13 @@ def test_every_configuration_passes_its_own_checks(config):
     assert settings.checked(config) is config
 
 
+def test_a_flag_turns_the_termination_penalty_off():
+    config = locomotion.get_config("hopper-medium")
+    assert config.data.termination_penalty == -100
+    config.data.termination_penalty = float("nan")  # None is no number
+    assert settings.checked(config).data.termination_penalty is None
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_field_is_what_is_stored(name):
     expected = {field: json.dumps(value) for field, value in (NEWER | STORED["common"] | STORED[name]).items()}

@@ -90,9 +90,12 @@ def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
     got |= {"termination_penalty": None}  # IQL learns from the rewards as they are
     for name, value in expected.items():
         if got[name] != value:
+            remedy = "train both with the same data settings"
+            if name == "termination_penalty":
+                remedy = "train the transformer with --config.data.termination_penalty=nan"
             raise ValueError(
                 f"the Q-function in {workdir} was trained with {name}={got[name]}, the transformer with {value}; "
-                "train both with the same data settings."
+                f"{remedy}."
             )
     return dataclasses.replace(checkpoint, params=stack_learners(checkpoint.params))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import ml_collections
 
@@ -28,6 +29,8 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
             f"eval.num_episodes={config.eval.num_episodes} must not be negative, and eval.goal={config.eval.goal} be "
             "(x, y), or () for the environment's goals."
         )
+    if math.isnan(config.data.termination_penalty or 0.0):
+        config.data.termination_penalty = None  # which a flag cannot say
     datasets.data_config(config.data)
     sizes = {"observation_dim": 1, "action_dim": 1}  # come with the data
     spec = types.TransitionSpec(**sizes, num_bins=config.data.num_bins)
