@@ -12,7 +12,10 @@ from tt_jax import ensemble, iql, iql_training, learners, training, transformer,
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict | None:
-    """Return a configuration, or None where none is given; raises ValueError, naming the setting, if one is wrong."""
+    """Return a configuration, or None where none is given; raises ValueError, naming the setting, if one is wrong.
+
+    A termination penalty of nan becomes None, which a flag cannot say.
+    """
     if config is None:
         return None
     if not 0 <= config.seed < 2**32:
@@ -30,7 +33,7 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
             "(x, y), or () for the environment's goals."
         )
     if math.isnan(config.data.termination_penalty or 0.0):
-        config.data.termination_penalty = None  # which a flag cannot say
+        config.data.termination_penalty = None
     datasets.data_config(config.data)
     sizes = {"observation_dim": 1, "action_dim": 1}  # come with the data
     spec = types.TransitionSpec(**sizes, num_bins=config.data.num_bins)
