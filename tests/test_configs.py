@@ -5,6 +5,8 @@ import json
 import pathlib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from experiments.common import baselines, control, entry, settings
 from experiments.configs import antmaze, base, dataset, four_rooms, humanoid, locomotion, maze, quickstart, sparse_maze
@@ -74,10 +76,20 @@ def test_every_configuration_passes_its_own_checks(config):
 
 
 def test_a_flag_turns_the_termination_penalty_off():
-    config = locomotion.get_config("hopper-medium")
-    assert config.data.termination_penalty == -100
-    config.data.termination_penalty = float("nan")  # None is no number
-    assert settings.checked(config).data.termination_penalty is None
+    def config(*arguments):
+        parsed = flags.FlagValues()
+        argv = ["test", *arguments]
+        default = locomotion.get_config("hopper-medium")
+        config_flags.DEFINE_config_dict("config", default, flag_values=parsed, sys_argv=argv)
+        parsed(argv)
+        return settings.checked(parsed.config)
+
+    assert config().data.termination_penalty == -100
+    assert config("--config.data.termination_penalty=-7").data.termination_penalty == -7
+    assert config("--config.data.termination_penalty=None").data.termination_penalty is None
+    for wrong in ("nan", "much", "True"):
+        with pytest.raises(ValueError, match=r"termination_penalty=.* must be of type float \| None"):
+            config(f"--config.data.termination_penalty={wrong}")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

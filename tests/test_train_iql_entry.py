@@ -189,7 +189,7 @@ def test_a_q_function_that_does_not_suit_the_model_is_refused(plan, trained, lea
     layout = changed(learned, "layout", observation_keys=["achieved_goal", "desired_goal"])
     assert "was trained with observation_keys=['achieved_goal', 'desired_goal']" in refused(trained, layout)
     penalty = changed(trained, "penalty", termination_penalty=-100.0)
-    remedy = "train the transformer with --config.data.termination_penalty=nan"
+    remedy = "train the transformer with --config.data.termination_penalty=None"
     assert f"termination_penalty=None, the transformer with -100.0; {remedy}" in refused(penalty, learned)
     assert "must be that of the Q-function, 0.99" in refused(trained, learned, "--plan.discount=0.9")
     assert "a run of experiments.train_iql is needed" in refused(trained, trained)

@@ -25,7 +25,7 @@ class DataConfig:
     hidden_dims: tuple[int, ...] = ()  # leave out these of the dimensions that are kept
     step: int = 1  # environment steps from one transition of a window to the next
     discount: float = 0.99  # of the return-to-go, per environment step
-    termination_penalty: float | None = None  # replaces the reward of a terminal step; flags say nan for None
+    termination_penalty: float | None = None  # replaces the reward of a terminal step
     max_path_length: int = 0  # 0: the environment's time limit or, without one, the longest episode
     stop_after_truncation: bool = True  # whether stop tokens are also trained on after a truncation
     max_episodes: int = 0  # read the first n episodes alone; 0 reads all

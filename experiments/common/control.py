@@ -92,7 +92,7 @@ def restore_iql(workdir: str, run: dict) -> checkpoints.Checkpoint:
         if got[name] != value:
             remedy = "train both with the same data settings"
             if name == "termination_penalty":
-                remedy = "train the transformer with --config.data.termination_penalty=nan"
+                remedy = "train the transformer with --config.data.termination_penalty=None"
             raise ValueError(
                 f"the Q-function in {workdir} was trained with {name}={got[name]}, the transformer with {value}; "
                 f"{remedy}."

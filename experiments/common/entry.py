@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 import warnings
 from logging import StreamHandler
@@ -354,6 +355,11 @@ def to_dataclass(cls, config, **extra):
     for field in dataclasses.fields(cls):
         if typing.get_origin(field.type) is tuple and field.name in fields:
             _check_elements(field.name, fields[field.name], typing.get_args(field.type))
+        value = fields.get(field.name)
+        if isinstance(field.type, types.UnionType) and (
+            isinstance(value, bool) or not isinstance(value, field.type | int)
+        ):
+            raise UsageError(f"{field.name}={value!r} must be of type {field.type}.")
     try:
         return cls(**fields)
     except TypeError as error:

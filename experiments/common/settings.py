@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 
 import ml_collections
 
@@ -12,10 +11,7 @@ from tt_jax import ensemble, iql, iql_training, learners, training, transformer,
 
 
 def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict | None:
-    """Return a configuration, or None where none is given; raises ValueError, naming the setting, if one is wrong.
-
-    A termination penalty of nan becomes None, which a flag cannot say.
-    """
+    """Return a configuration, or None where none is given; raises ValueError, naming the setting, if one is wrong."""
     if config is None:
         return None
     if not 0 <= config.seed < 2**32:
@@ -32,8 +28,6 @@ def checked(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDi
             f"eval.num_episodes={config.eval.num_episodes} must not be negative, and eval.goal={config.eval.goal} be "
             "(x, y), or () for the environment's goals."
         )
-    if math.isnan(config.data.termination_penalty or 0.0):
-        config.data.termination_penalty = None
     datasets.data_config(config.data)
     sizes = {"observation_dim": 1, "action_dim": 1}  # come with the data
     spec = types.TransitionSpec(**sizes, num_bins=config.data.num_bins)

@@ -18,7 +18,6 @@ GPU's work for hours.
 """
 
 import dataclasses
-import typing
 
 from ml_collections import config_dict
 
@@ -130,8 +129,5 @@ def _fields_of(record, *, without=()):
 
 
 def _default(field):
-    """Return a field's default; None, which would have no type, as a placeholder for the other type it may have."""
-    if field.default is not None:
-        return field.default
-    (value_type,) = set(typing.get_args(field.type)) - {type(None)}
-    return config_dict.placeholder(value_type)
+    """Return a field's default, or a placeholder of no type for None, so that a flag can say None again."""
+    return config_dict.placeholder(object) if field.default is None else field.default
