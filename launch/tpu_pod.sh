@@ -36,9 +36,11 @@ ready() { # create it if there is none or what was there is gone, and wait until
     sleep "${POLL:-30}"
   done
 }
+in_clone() { GIT_INDEX_FILE="$folder/index" git -C "$here/.." "$@"; } # with a copy of the index: another git may hold it
 copy() {
-  commit="$(git -C "$here/.." stash create)" || return
-  run git -C "$here/.." archive --output="$folder/tt_jax.tgz" "${commit:-HEAD}" &&
+  cp "$(git -C "$here/.." rev-parse --path-format=absolute --git-path index)" "$folder/index" &&
+    in_clone add --update && tree="$(in_clone write-tree)" &&
+    run git -C "$here/.." archive --output="$folder/tt_jax.tgz" "$tree" &&
     tpus tpu-vm scp "$folder/tt_jax.tgz" "$TPU:tt_jax.tgz" --worker=all
 }
 # shellcheck disable=SC2016 # expanded on the hosts
@@ -53,7 +55,7 @@ if [[ " ${options[*]-} " == *" --follow "* ]]; then on_all "tt_jax/launch/detach
 if (($# == 0)); then echo "tpu_pod.sh needs a module, such as experiments.train_tt" >&2 && exit 2; fi
 for ((restarts = 0; ; restarts++)); do
   code=0 && { ready && copy && on_all "$install" && on_all "$start"; } || code=$?
-  if [[ "$code" == 0 || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
+  if [[ "$code" == 0 || -n "$dry_run" || "$restarts" -ge "${MAX_RESTARTS:-100}" ]]; then exit "$code"; fi
   sleep "${POLL:-30}"
   if [[ "$code" != 75 && "$code" -le 128 && "$(state || true)" == ACTIVE ]]; then exit "$code"; fi
   echo "tpu_pod.sh: ended with $code, starts again ($((restarts + 1)) of ${MAX_RESTARTS:-100})" >&2

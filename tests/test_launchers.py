@@ -87,10 +87,10 @@ def launch(tmp_path):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "TPU", "JAX", "XLA"))}
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
-    def start(name, *arguments, **variables):
+    def start(name, *arguments, root=ROOT, **variables):
         environment = clean | {"PATH": path, "PYTHON": sys.executable, "POLL": "0"} | variables
         return subprocess.Popen(
-            [ROOT / "launch" / f"{name}.sh", *arguments],
+            [root / "launch" / f"{name}.sh", *arguments],
             cwd=tmp_path,
             env=environment,
             stdout=subprocess.PIPE,
@@ -410,6 +410,29 @@ def test_the_copy_of_the_code_has_what_git_tracks(launch, tmp_path):
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     copied = {name for name in (tmp_path / "files").read_text().split() if not name.endswith("/")}
     assert {"setup.py", "launch/detached.sh", "launch/environment.sh"} <= copied == set(tracked)
+
+
+def test_the_copy_of_the_code_has_its_changes_even_while_git_is_busy(launch, tmp_path):
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT / "launch", clone / "launch")
+    git = ["git", "-C", clone, "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (clone / "launch" / "detached.sh").write_text("changed")
+    (clone / "launch" / "new").write_text("added")
+    (clone / "launch" / "untracked").write_text("")
+    subprocess.run([*git, "add", "launch/new"], check=True)
+    before = subprocess.run([*git, "status", "--short"], check=True, capture_output=True).stdout
+    (clone / ".git" / "index.lock").touch()
+    stand_in_scp = 'case "$*" in *describe*) echo ACTIVE ;; *" scp "*) tar -xzf "$5" ;; esac'
+    stand_in(tmp_path, "gcloud", stand_in_scp)
+    code, _, errors = finish(launch("tpu_pod", "job", root=clone, TPU="pod", ZONE="z"))
+    assert (code, errors) == (0, "")
+    copied = tmp_path / "launch"
+    assert (copied / "detached.sh").read_text() == "changed" and (copied / "new").read_text() == "added"
+    assert not (copied / "untracked").exists()
+    (clone / ".git" / "index.lock").unlink()
+    assert subprocess.run([*git, "status", "--short"], check=True, capture_output=True).stdout == before
 
 
 def test_a_pod_that_is_there_is_used(launch, tmp_path):
